@@ -1,0 +1,31 @@
+"""vlmcut: make a Hugging Face vision-language model small and fast, and prove that it is still the same model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .exporters.convert import convert
+    from .runtime.bundle import Bundle
+    from .surgery.inspect import inspect
+    from .passes.folder import load
+    from .validation.verify import verify
+
+_HOMES = {
+    "convert": ".exporters.convert",
+    "inspect": ".surgery.inspect",
+    "load": ".passes.folder",
+    "verify": ".validation.verify",
+    "Bundle": ".runtime.bundle",
+}
+__all__ = ["Bundle", "__version__", "convert", "inspect", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import lazily: `vlmcut.Bundle` needs no torch, `vlmcut --help` needs nothing."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module `vlmcut` has no attribute `{name}`")

@@ -1,0 +1,5 @@
+"""`python -m vlmcut`."""
+
+from vlmcut.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""From a cut model to graphs, engines and a bundle."""

@@ -1,0 +1,135 @@
+"""From a component to an ONNX graph: trace, translate, simplify, name. Weights stay where they are in memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+from onnxscript import FLOAT, INT8, opset18, optimizer
+
+from ..passes import int8 as _int8  # noqa: F401  registers the operator
+from .components import Component
+from .operators import OPSET, Operators, emitting
+
+_op: Any = opset18
+
+
+def _int8_linear(x: FLOAT, weight: INT8, scale: FLOAT, bias: FLOAT | None = None) -> FLOAT:
+    """DynamicQuantizeLinear, MatMulInteger, rescale: the pattern that ONNX Runtime fuses."""
+    quantized, x_scale, x_zero = _op.DynamicQuantizeLinear(x)
+    product = _op.MatMulInteger(quantized, _op.Transpose(weight, perm=[1, 0]), x_zero)
+    out = _op.Mul(_op.Cast(product, to=1), _op.Mul(x_scale, scale))
+    return out if bias is None else _op.Add(out, bias)
+
+
+def _stable_sort(self: FLOAT, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """A whole TopK: ONNX gives equal values to the lower index first, which is what stable means."""
+    end = dim + 1 if dim + 1 != 0 else None
+    length = _op.Shape(self, start=dim) if end is None else _op.Shape(self, start=dim, end=end)
+    return _op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.vlmcut.dynamic_int8_linear.default: _int8_linear,
+    torch.ops.aten.sort.stable: _stable_sort,
+}
+
+
+def export(component: Component, model: Any, operators: Operators) -> ir.Model:
+    """Export one component with static shapes.
+
+    Returns:
+        A model of opset 24 whose inputs and outputs carry the component's names, whose initializers are the model's
+        own tensors (nothing copied), and whose nodes are named by the module that made them.
+    """
+    names = list(component.inputs)
+    if component.role == "vision":
+        args: tuple[Any, ...] = tuple(component.inputs.values())
+    else:
+        past = [v for k, v in component.inputs.items() if k.startswith("past_")]
+        args = ({k: v for k, v in component.inputs.items() if not k.startswith("past_")}, past)
+    with emitting(model, operators), torch.no_grad(), _quiet():
+        program = torch.export.export(component.module, args, strict=False)
+        onnx_program = torch.onnx.export(
+            program,
+            args=(),
+            opset_version=OPSET,
+            optimize=False,
+            custom_translation_table=_TRANSLATIONS,
+            verbose=False,
+        )
+    assert onnx_program is not None
+    graph_model = onnx_program.model
+    _simplify(graph_model)
+    _name(graph_model, names, component.outputs)
+    return graph_model
+
+
+def _simplify(model: ir.Model) -> None:
+    def fold(node: ir.Node) -> bool | None:
+        # A weight with a second reader (a tied embedding) would be stored twice, once transposed.
+        if node.op_type == "Transpose" and node.inputs[0] is not None and len(node.inputs[0].uses()) > 1:
+            return False
+        return None
+
+    CommonSubexpressionEliminationPass()(model)
+    optimizer.optimize_ir(model, should_fold=fold)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def _name(model: ir.Model, inputs: list[str], outputs: tuple[str, ...]) -> None:
+    """Give inputs, outputs and nodes their names; drop the tracer's metadata, which holds paths of this machine."""
+    graph = model.graph
+    assert len(graph.inputs) == len(inputs) and len(graph.outputs) == len(outputs)
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    for index, (value, name) in enumerate(zip(list(graph.outputs), outputs, strict=True)):
+        if value.is_graph_input() or value.is_initializer():  # an output must be made by a node
+            identity = ir.node("Identity", [value])
+            identity.outputs[0].shape, identity.outputs[0].type = value.shape, value.type
+            graph.append(identity)
+            graph.outputs[index] = value = identity.outputs[0]
+        value.name = name
+    for count, node in enumerate(graph):
+        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        path = [s for s in scope.strip("[]").replace("'", "").split(", ") if s]
+        node.name = f"{path[-2] if len(path) > 1 else 'graph'}/{node.op_type}_{count}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "vlmcut", None
+    graph.name = "vlmcut"
+    graph.doc_string = model.doc_string = None
+
+
+class _quiet:
+    """The exporter warns about its own internals; a failure still raises."""
+
+    def __enter__(self) -> None:
+        self._filters = warnings.catch_warnings()
+        self._filters.__enter__()
+        warnings.simplefilter("ignore")
+        self._logger = logging.getLogger("torch.onnx")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        self._logger.setLevel(self._level)
+        self._filters.__exit__(None, None, None)
+
+
+def info(value: ir.Value) -> tuple[str, str, tuple[int, ...]]:
+    """Name, NumPy dtype and shape of a graph input or output; every dimension must be a number."""
+    assert value.name and value.dtype is not None and value.shape is not None
+    return value.name, str(np.dtype(value.dtype.numpy())), tuple(int(d) for d in value.shape)  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""Calibration data and how statistics are taken from it: deterministic, on the model as it is at that pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import PassError
+from ..prompt import Prompt, Prompter, open_image
+from ..surgery.load import Loaded, describe
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_QUESTION = "Describe the image."
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prompts with images, ready for the model; every prompt carries its placeholders unshrunk."""
+
+    prompts: tuple[Prompt, ...]
+    origin: str  # a folder, or how the images were made
+
+
+def read_calibration(loaded: Loaded, folder: Path | None, limit: int = 32) -> Calibration:
+    """Read calibration images, or make noise images when there is no folder.
+
+    Args:
+        folder: images, optionally with `questions.jsonl` whose lines have `image` and `question`. None looks for
+            `calibration/` beside the weights and otherwise uses 8 seeded noise images, which the plan announces.
+
+    Raises:
+        PassError: a folder without images, or a corrupt image.
+    """
+    a = describe(loaded.model)
+    prompter = Prompter(loaded.processor, a.image_token_id, a.visual_tokens)
+    if folder is None:
+        rng = np.random.default_rng(0)
+        size = a.tower.image_size
+        noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(8)]
+        return Calibration(tuple(prompter([i], _QUESTION) for i in noise), "8 seeded noise images")
+    pairs = question_pairs(folder) or [
+        (p, _QUESTION) for p in sorted(folder.glob("*")) if p.suffix.lower() in _SUFFIXES
+    ]
+    if not pairs:
+        raise PassError(f"`{folder}` has no images", hint=f"put {', '.join(_SUFFIXES)} files there")
+    return Calibration(tuple(prompter([open_image(p)], q) for p, q in pairs[:limit]), str(folder))
+
+
+def question_pairs(folder: Path) -> list[tuple[Path, str]]:
+    """(image, question) of each line of `questions.jsonl`, or an empty list without one."""
+    return [(folder / line["image"], line["question"]) for line in read_questions(folder)]
+
+
+def read_questions(folder: Path) -> list[dict[str, str]]:
+    """The lines of `questions.jsonl`: image, question and, for evaluation, answer.
+
+    Raises:
+        PassError: a line that is not JSON or lacks a field.
+    """
+    path = folder / "questions.jsonl"
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            line["image"], line["question"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise PassError(
+                f"`{path}` line {number}: {error}", hint='each line is {"image": …, "question": …, "answer": …}'
+            ) from error
+        lines.append(line)
+    return lines
+
+
+def observe(
+    model: Any,
+    modules: Sequence[nn.Module],
+    record: Callable[[int, Sequence[Any], Any], None],
+    calibration: Calibration,
+) -> None:
+    """Run the calibration prompts and call `record(index, inputs, output)` for each of `modules`."""
+    hooks = [
+        m.register_forward_hook(lambda _, args, out, i=i: record(i, args, out)) for i, m in enumerate(modules)
+    ]
+    keep = describe(model).keep
+    try:
+        with torch.no_grad():
+            for prompt in calibration.prompts:
+                shrunk = prompt.shrink(keep)
+                model(
+                    input_ids=torch.from_numpy(shrunk.input_ids),
+                    pixel_values=_pixels(shrunk, model.dtype),
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _pixels(prompt: Prompt, dtype: torch.dtype) -> Tensor | None:
+    return None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values).to(dtype)

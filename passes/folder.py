@@ -1,0 +1,88 @@
+"""A cut model as a folder: weights, the resolved recipe and the source's config, reloaded bit-equal.
+
+Where widths stay regular (language heads and layers), plain `from_pretrained` reads the folder too; it does not know
+token pruning, vision heads or int8, which only `load` here restores.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from ..errors import ModelError
+from ..surgery import load as surgery
+from ..surgery.load import Loaded
+from . import recipe as recipes
+from .int8 import Int8Embedding
+from .recipe import Recipe
+
+SOURCE_CONFIG = "source_config.json"
+RECIPE = "recipe.toml"
+SOURCE = "source.json"
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a model, cut by vlmcut or not.
+
+    Args:
+        model: a folder (Hugging Face's, or made by `vlmcut cut`), a hub id, or `tiny:llava`.
+
+    Raises:
+        ModelError: not a model, a text-only model, missing or damaged weights, or a layout without a reader.
+    """
+    folder = Path(model)
+    if not (folder / SOURCE_CONFIG).is_file():
+        return surgery.load(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    surgery.check_folder(folder)
+    fields = json.loads((folder / SOURCE_CONFIG).read_text())
+    skeleton = surgery.skeleton(transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(fields))
+    recipe = recipes.read(folder / RECIPE).apply(skeleton, None)
+    weights = load_file(folder / "model.safetensors")
+    wanted = surgery.state_dict(skeleton)
+    if left := sorted(set(wanted) ^ set(weights)):
+        raise ModelError(f"`{folder}`: {len(left)} weights do not fit the recipe, first `{left[0]}`", hint="cut again")
+    names = {surgery.plain_name(name): name for name in skeleton.state_dict()}
+    skeleton.load_state_dict({names[n]: t for n, t in weights.items()}, strict=False, assign=True)
+    _tie(skeleton)
+    if (folder / "generation_config.json").is_file():
+        skeleton.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    source = json.loads((folder / SOURCE).read_text())
+    return Loaded(skeleton.to(dtype).eval(), surgery.load_processor(str(folder)), source, recipe.tables())
+
+
+def save(loaded: Loaded, folder: Path, source_config: Any, recipe: Recipe) -> None:
+    """Write a cut model into an empty or new folder.
+
+    Args:
+        source_config: the model's config before the cuts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded.model.config.save_pretrained(folder)
+    if loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+    (folder / SOURCE_CONFIG).write_text(source_config.to_json_string(use_diff=False))
+    (folder / RECIPE).write_text(recipe.to_toml())
+    (folder / SOURCE).write_text(json.dumps(loaded.source, indent=1) + "\n")
+    loaded.processor.save_pretrained(folder)
+    save_file(surgery.state_dict(loaded.model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _tie(model: Any) -> None:
+    if not model.config.tie_word_embeddings:
+        return
+    embedding = model.model.language_model.embed_tokens
+    if isinstance(embedding, Int8Embedding):
+        model.lm_head.weight, model.lm_head.weight_scale = embedding.weight, embedding.weight_scale.float()
+    else:
+        model.tie_weights()

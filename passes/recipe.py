@@ -1,0 +1,227 @@
+"""Recipes: a list of passes as TOML, from flags or from a file; planned whole before anything is edited.
+
+    [[pass]]
+    name = "prune-tokens"
+    keep = 36
+    method = "fastervlm"
+
+The schema of a table is the fields of its pass. Unknown names and keys are errors with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PassError, nearest
+from ..surgery.anatomy import Anatomy
+from ..surgery.load import describe
+from .base import PARTS, Pass
+from .calibration import Calibration
+from .drop_heads import DropHeads
+from .drop_layers import DropLayers
+from .prune_tokens import PruneTokens, kept_tokens
+from .quantize import SCHEMES, Quantize
+from .trim_tower import TrimTower
+
+PASSES: dict[str, type[Pass]] = {p.name: p for p in (TrimTower, DropLayers, DropHeads, PruneTokens, Quantize)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes in the order in which they are applied."""
+
+    passes: tuple[Pass, ...]
+
+    def plan(self, a: Anatomy) -> Anatomy:
+        """The anatomy this recipe will produce; refuses before anything is edited."""
+        for step in self.passes:
+            a = step.plan(a)
+        return a
+
+    def notes(self, a: Anatomy) -> list[str]:
+        """What the user should know about each pass, in order."""
+        found = []
+        for step in self.passes:
+            found += step.notes(a)
+            a = step.plan(a)
+        return found
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(step.needs_calibration for step in self.passes)
+
+    def apply(self, model: Any, calibration: Calibration | None) -> Recipe:
+        """Apply every pass to the model in place.
+
+        Args:
+            calibration: needed if `needs_calibration`.
+
+        Returns:
+            The resolved recipe: applying it again to the same weights needs no data and gives the same model.
+        """
+        a = describe(model)
+        self.plan(a)
+        done = []
+        for step in self.passes:
+            if step.needs_calibration:
+                assert calibration is not None
+                step = step.resolve(model, a, calibration)
+            planned = step.plan(a)
+            step.apply(model, a)
+            a = describe(model)
+            if a != planned:
+                raise PassError(f"{step.name}: the model is not what was planned", hint="report this as a bug")
+            done.append(step)
+        return Recipe(tuple(done))
+
+    def tables(self) -> list[dict[str, Any]]:
+        """The recipe as plain data, one dict per pass, without keys that are unset."""
+        return [
+            {"name": step.name}
+            | {k: _plain(v) for k, v in dataclasses.asdict(step).items() if v is not None}
+            for step in self.passes
+        ]
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; `parse` reads it back to an equal recipe."""
+        lines = []
+        for table in self.tables():
+            lines += ["[[pass]]", *(f"{key} = {_toml(value)}" for key, value in table.items()), ""]
+        return "\n".join(lines)
+
+
+def parse(text: str, where: str = "recipe") -> Recipe:
+    """Read a recipe. A trim-tower pass is put first if it is not there: it is exact and every other relies on it.
+
+    Raises:
+        PassError: not TOML, an unknown pass or key, a value of the wrong type.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PassError(f"{where} is not TOML: {error}", hint="see docs/recipes.md for an example") from error
+    if unknown := sorted(set(data) - {"pass"}):
+        raise PassError(f"{where}: unknown key `{unknown[0]}`", hint="a recipe is a list of [[pass]] tables")
+    tables = data.get("pass", [])
+    if not isinstance(tables, list):
+        raise PassError(f"{where}: `pass` is one table", hint="write [[pass]], with two brackets")
+    return make([_build(table, f"{where}, pass {i}") for i, table in enumerate(tables, start=1)])
+
+
+def make(passes: Sequence[Pass]) -> Recipe:
+    """A recipe of these passes, with trim-tower first."""
+    rest = [p for p in passes if not isinstance(p, TrimTower)]
+    return Recipe((TrimTower(), *rest))
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe file."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PassError(f"`{path}` cannot be read: {error}", hint="give a TOML file") from error
+    return parse(text, f"`{path}`")
+
+
+def from_flags(
+    a: Anatomy,
+    *,
+    prune: float | None = None,
+    keep: int | None = None,
+    method: str = "fastervlm",
+    drop_heads: Mapping[str, float] | None = None,
+    drop_layers: Mapping[str, int] | None = None,
+    quantize: str = "none",
+    seed: int = 0,
+) -> Recipe:
+    """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, quantization.
+
+    Raises:
+        PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
+    """
+    heads, layers = dict(drop_heads or {}), dict(drop_layers or {})
+    for flag, given in (("--drop-heads", heads), ("--drop-layers", layers)):
+        if unknown := sorted(set(given) - set(PARTS)):
+            raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
+    if prune is not None and keep is not None:
+        raise PassError("--prune and --keep are both given", hint="give one of them")
+    if prune is not None:
+        if not 0 <= prune < 1:
+            raise PassError(
+                f"--prune {prune:g} is not a fraction of the tokens to remove",
+                hint="choose 0 <= R < 1, for example 0.75 to keep a quarter",
+            )
+        keep = kept_tokens(a.visual_tokens, prune)
+
+    def cuts(part: str) -> list[Pass]:
+        found: list[Pass] = []
+        if layers.get(part):
+            found.append(DropLayers(part=part, count=layers[part]))
+        if heads.get(part):
+            found.append(DropHeads(part=part, fraction=heads[part]))
+        return found
+
+    passes = cuts("vision")
+    if keep is not None and keep != a.visual_tokens:
+        passes.append(PruneTokens(keep=keep, method=method, seed=seed))
+    passes += cuts("language")
+    if quantize != "none":
+        if quantize not in SCHEMES:
+            raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))
+        passes.append(Quantize(scheme=quantize))
+    return make(passes)
+
+
+def _build(table: Any, where: str) -> Pass:
+    if not isinstance(table, dict) or "name" not in table:
+        raise PassError(f"{where}: a pass needs a `name`", hint=f"known: {', '.join(sorted(PASSES))}")
+    name = table["name"]
+    if name not in PASSES:
+        raise PassError(f"{where}: no pass `{name}`", hint=nearest(str(name), PASSES))
+    kind = PASSES[name]
+    types_ = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in table.items():
+        if key == "name":
+            continue
+        if key not in fields:
+            raise PassError(f"{where} `{name}`: unknown key `{key}`", hint=nearest(key, fields) if fields else None)
+        values[key] = _typed(value, types_[key], f"{where} `{name}`: {key}")
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+    if missing := [n for n in required if n not in values]:
+        raise PassError(f"{where} `{name}`: `{missing[0]}` is not set", hint=f"it needs: {', '.join(required)}")
+    return kind(**values)
+
+
+def _typed(value: Any, want: Any, where: str) -> Any:
+    origin, args = typing.get_origin(want), typing.get_args(want)
+    if origin in (types.UnionType, typing.Union):
+        return _typed(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(v, args[0], where) for v in value)
+    if want is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(want, type) or not isinstance(value, want) or isinstance(value, bool):
+        name = getattr(want, "__name__", str(want)) if origin is None else "list"
+        raise PassError(f"{where} = {value!r} is not of type {name}", hint="see docs/recipes.md")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,1 @@
+"""Visual-token reduction: pieces, and the table of methods composed from them."""

@@ -1,0 +1,65 @@
+"""Primitive cuts: take rows and columns of linears, take layers. Counts are corrected, nothing stale is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def take_heads(attention: Any, keep: Sequence[int]) -> None:
+    """Shrink one tower attention block in place to the heads in `keep`; head_dim and scale do not change."""
+    rows = _rows(keep, attention.head_dim)
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        take_rows(projection, rows)
+    # out_proj sums over heads into the residual stream: it loses input columns and keeps its bias.
+    take_columns(attention.out_proj, rows)
+    attention.num_heads = len(keep)
+
+
+def take_kv_groups(attention: Any, keep: Sequence[int]) -> None:
+    """Shrink one grouped-query attention block in place to the KV heads in `keep`, each with all its query heads.
+
+    Query heads per group cannot change: a grouped-query kernel has one ratio per layer.
+    """
+    group = attention.num_key_value_groups
+    queries = _rows([g * group + i for g in sorted(keep) for i in range(group)], attention.head_dim)
+    pairs = _rows(keep, attention.head_dim)
+    take_rows(attention.q_proj, queries)
+    take_rows(attention.k_proj, pairs)
+    take_rows(attention.v_proj, pairs)
+    take_columns(attention.o_proj, queries)
+
+
+def take_layers(layers: nn.ModuleList, keep: Sequence[int]) -> nn.ModuleList:
+    """The layers in `keep`, in order, with `layer_idx` renumbered so that each owns the right KV buffer."""
+    taken = nn.ModuleList(layers[i] for i in sorted(keep))
+    for index, layer in enumerate(taken):
+        attention: Any = layer.self_attn
+        if hasattr(attention, "layer_idx"):
+            attention.layer_idx = index
+    return taken
+
+
+def take_rows(linear: nn.Linear, rows: Tensor) -> None:
+    """Keep only these outputs of a linear."""
+    linear.weight = _parameter(linear.weight[rows])
+    if linear.bias is not None:
+        linear.bias = _parameter(linear.bias[rows])
+    linear.out_features = len(rows)
+
+
+def take_columns(linear: nn.Linear, columns: Tensor) -> None:
+    """Keep only these inputs of a linear."""
+    linear.weight = _parameter(linear.weight[:, columns])
+    linear.in_features = len(columns)
+
+
+def _rows(heads: Sequence[int], head_dim: int) -> Tensor:
+    return torch.cat([torch.arange(h * head_dim, (h + 1) * head_dim) for h in sorted(heads)])
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)

@@ -1,0 +1,1 @@
+"""Exactness against the cut eager model, quality against the original."""
