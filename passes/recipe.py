@@ -112,6 +112,11 @@ def parse(text: str, where: str = "recipe") -> Recipe:
     tables = data.get("pass", [])
     if not isinstance(tables, list):
         raise PassError(f"{where}: `pass` is one table", hint="write [[pass]], with two brackets")
+    return from_tables(tables, where)
+
+
+def from_tables(tables: Sequence[Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain data, one dict per pass."""
     return make([_build(table, f"{where}, pass {i}") for i, table in enumerate(tables, start=1)])
 
 

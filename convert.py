@@ -1,0 +1,401 @@
+"""The whole path in order: load, plan, apply, export, build, verify, publish. The command line only prints.
+
+Measure twice, cut once: everything that arithmetic can refuse is refused before a weight is read, and the bundle
+appears only after its graphs were proven.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ExportError, ParityError, PassError, VlmcutError, nearest
+from .exporters import engines
+from .exporters.graphs import keeping, write_graphs
+from .exporters.lint import lint
+from .exporters.operators import Contrib, Standard
+from .exporters.staging import refuse_existing, staged
+from .manifest import GraphInfo, Manifest, TokenBudget, digest
+from .passes import folder as cut_folder
+from .passes import recipe as recipes
+from .passes.calibration import read_calibration
+from .passes.prune_tokens import kept_tokens
+from .passes.recipe import Recipe
+from .runtime.bundle import Bundle
+from .runtime.sessions import Graphs
+from .surgery.anatomy import Anatomy
+from .surgery.load import Loaded, describe, load_config, skeleton, state_dict
+from .validation import complete, exactness, quality, report
+from .validation.exactness import Exactness
+
+TARGETS = ("onnx", "rtx", "trt")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "tensorrt",
+          "tensorrt_rtx", "numpy", "vlmcut")  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to convert into what. Counts are tokens; the same words as the command line's flags."""
+
+    model: str
+    recipe: Path | None = None
+    prune: float | None = None
+    keep: tuple[int, ...] = ()
+    method: str = "fastervlm"
+    drop_heads: Mapping[str, float] = field(default_factory=dict)
+    drop_layers: Mapping[str, int] = field(default_factory=dict)
+    quantize: str = "none"
+    target: str = "onnx"
+    dtype: str = "float32"
+    images: int = 1
+    text_tokens: int = 128
+    new_tokens: int = 128
+    calibration: Path | None = None
+    quality: Path | None = None
+    questions: int = 100  # of the quality set, 0 for none
+    defer_build: bool = False
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request will do, by arithmetic alone."""
+
+    before: Anatomy
+    after: Anatomy
+    recipe: Recipe
+    budgets: tuple[TokenBudget, ...]
+    notes: tuple[str, ...]
+
+
+def plan(request: Request) -> Plan:
+    """Check a request and predict its result; reads the config, no weights.
+
+    Raises:
+        VlmcutError: everything that can be refused without weights.
+    """
+    if request.target not in TARGETS:
+        raise ExportError(f"no target `{request.target}`", hint=nearest(request.target, TARGETS))
+    if request.dtype not in DTYPES:
+        raise ExportError(f"no dtype `{request.dtype}`", hint=nearest(request.dtype, DTYPES))
+    for name, least in (("images", 1), ("text_tokens", 8), ("new_tokens", 2)):
+        if getattr(request, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise ExportError(f"{flag} {getattr(request, name)} is too small", hint=f"choose {least} or more")
+    before, made = _describe(request)
+    if made and (request.recipe or request.prune is not None or request.keep):
+        raise PassError(f"`{request.model}` is a cut model already", hint="cut the original model instead")
+    recipe = _recipe(request, before)
+    after = recipe.plan(before)
+    keeps = request.keep or (after.keep,)
+    if request.prune is not None:
+        keeps = (kept_tokens(before.visual_tokens, request.prune),)
+    budgets = tuple(
+        TokenBudget(
+            images=request.images, visual_tokens=k, text_tokens=request.text_tokens, new_tokens=request.new_tokens
+        )
+        for k in keeps
+    )
+    for budget in budgets:
+        if budget.cache > before.language.max_positions:
+            raise ExportError(
+                f"{budget.images} images of {budget.visual_tokens} tokens, {budget.text_tokens} text and "
+                f"{budget.new_tokens} new tokens make {budget.cache} positions, the model knows "
+                f"{before.language.max_positions}",
+                hint="lower --images, --text-tokens or --new-tokens",
+            )
+    if "int8" in _schemes(recipe) and (request.target != "onnx" or request.dtype != "float32"):
+        raise ExportError(
+            f"--quantize int8 with --target {request.target} --dtype {request.dtype}: dynamic int8 is ONNX Runtime's, "
+            "on float32 activations",
+            hint="use --target onnx --dtype float32, or --dtype float16 without --quantize",
+        )
+    return Plan(before, after, recipe, budgets, tuple(recipe.notes(before)))
+
+
+def _schemes(recipe: Recipe) -> list[str]:
+    return [table["scheme"] for table in recipe.tables() if table["name"] == "quantize"]
+
+
+def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
+    """Anatomy from the config alone, with the cuts already made if it is a cut model's folder."""
+    if (Path(request.model) / cut_folder.SOURCE_CONFIG).is_file():
+        loaded = cut_folder.load(request.model)
+        return describe(loaded.model), loaded.recipe
+    options = {"revision": request.revision, "trust_remote_code": request.trust_remote_code}
+    with torch.device("meta"):
+        config = load_config(request.model, **options)
+        return describe(skeleton(config)), []
+
+
+def _recipe(request: Request, a: Anatomy) -> Recipe:
+    flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
+    if request.recipe is not None:
+        if flags or request.quantize != "none":
+            raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
+        return recipes.read(request.recipe)
+    if len(set(request.keep)) != len(request.keep):
+        raise PassError(f"--keep {','.join(map(str, request.keep))} names a budget twice", hint="name each once")
+    for k in request.keep:
+        if not 1 <= k <= a.visual_tokens:
+            raise PassError(
+                f"--keep {k}: `{a.family}` makes {a.visual_tokens} visual tokens per image",
+                hint=f"choose 1 to {a.visual_tokens}",
+            )
+    return recipes.from_flags(
+        a,
+        prune=request.prune,
+        # One model serves every budget; the smallest decides whether tokens are pruned at all.
+        keep=min(request.keep) if request.keep else None,
+        method=request.method,
+        drop_heads=request.drop_heads,
+        drop_layers=request.drop_layers,
+        quantize=request.quantize,
+        seed=request.seed,
+    )
+
+
+def cut(request: Request, progress: Progress = lambda _: None) -> tuple[Loaded, Any, Recipe, dict[str, Any]]:
+    """Load and cut a model.
+
+    Returns:
+        The cut model, the config before the cuts, the resolved recipe, and notes for the report: which data
+        calibrated it and which weights were removed.
+    """
+    planned = plan(request)
+    progress("loading the model")
+    loaded = cut_folder.load(
+        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
+    return (loaded, *_apply(request, planned, loaded, progress))
+
+
+def _apply(
+    request: Request, planned: Plan, loaded: Loaded, progress: Progress
+) -> tuple[Any, Recipe, dict[str, Any]]:
+    source_config = copy.deepcopy(loaded.model.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict(loaded.model).items()}
+    notes: dict[str, Any] = {}
+    calibration = None
+    if planned.recipe.needs_calibration:
+        folder = request.calibration or _beside(request.model, "calibration")
+        calibration = read_calibration(loaded, folder)
+        notes["calibration"] = f"{len(calibration.prompts)} prompts from {calibration.origin}"
+        progress(f"calibrating on {notes['calibration']}")
+    done = planned.recipe.apply(loaded.model, calibration)
+    if describe(loaded.model) != planned.after:
+        raise PassError("the cut model is not what was planned", hint="report this as a bug")
+    notes["removed"] = complete.removed_weights(shapes, loaded.model)
+    return source_config, Recipe((*_made(loaded), *done.passes)), notes
+
+
+def _made(loaded: Loaded) -> tuple[Any, ...]:
+    """Passes that were applied before, when the source is a cut model."""
+    if not loaded.recipe:
+        return ()
+    return tuple(p for p in recipes.from_tables(loaded.recipe).passes)
+
+
+def save_cut(request: Request, out: Path, progress: Progress = lambda _: None) -> None:
+    """`vlmcut cut`: write the cut model as a folder that `vlmcut.load` reloads bit-equal."""
+    refuse_existing(out)
+    loaded, source_config, recipe, _ = cut(request, progress)
+    with staged(out) as folder:
+        cut_folder.save(loaded, folder, source_config, recipe)
+
+
+def convert(request: Request, out: Path, progress: Progress = lambda _: None) -> Manifest:
+    """Convert a model into a bundle at `out`.
+
+    Raises:
+        ParityError: a graph does not compute what the cut eager model computes; no bundle is left.
+        VlmcutError: any other expected failure; nothing is left either.
+    """
+    refuse_existing(out)
+    planned = plan(request)
+    deferred = check_engines(request)
+    questions_folder = _questions(request)
+    progress("loading the model")
+    loaded = cut_folder.load(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    questions = quality.read_set(loaded, questions_folder, request.questions) if questions_folder else []
+    answers: dict[str, list[str]] = {}
+    if questions:
+        progress(f"answering {len(questions)} questions with the original model")
+        answers["original"] = quality.eager_answers(loaded, questions)
+    _, recipe, notes = _apply(request, planned, loaded, progress)
+    model = loaded.model.to(DTYPES[request.dtype])
+    if questions:
+        progress("answering with the cut model")
+        with keeping(model, planned.budgets[0].visual_tokens):
+            answers["cut eager"] = quality.eager_answers(loaded, questions)
+    with staged(out) as folder:
+        graphs = write_graphs(
+            model, planned.budgets, Contrib() if request.target == "onnx" else Standard(), folder, progress
+        )
+        _save_processor(loaded, folder)
+        (folder / "recipe.toml").write_text(recipe.to_toml())
+        a = describe(model)
+        manifest = Manifest(
+            source=loaded.source,
+            recipe=recipe.tables(),
+            target=request.target,
+            dtype=request.dtype,
+            image_token_id=a.image_token_id,
+            visual_tokens_full=a.visual_tokens,
+            grid=(a.tower.grid, a.tower.grid),
+            budgets=planned.budgets,
+            graphs=graphs,
+            cache_shapes=tuple((heads, a.language.head_dim) for heads in a.language.kv_heads),
+            tools=tools(),
+            anatomy=a.to_json() | notes,
+        )
+        verdict = prove(model, a, manifest, folder, seed=request.seed, progress=progress)
+        manifest = dataclasses.replace(manifest, exactness=report.exactness_json(verdict))
+        if request.target != "onnx":
+            check_lint(manifest, folder)
+            if deferred is None:
+                manifest = build_engines(manifest, folder, progress)
+            else:
+                manifest = dataclasses.replace(manifest, builds={"deferred": deferred})
+        manifest = seal(manifest, folder)
+        if questions:
+            progress("answering with the bundle")
+            answers["bundle"] = quality.bundle_answers(Bundle(folder), questions)
+            manifest = dataclasses.replace(manifest, quality=quality.table(answers, questions))
+        report.write(manifest, folder)
+        manifest = seal(manifest, folder)
+        progress("publishing")
+    return manifest
+
+
+def prove(
+    model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int, progress: Progress
+) -> Exactness:
+    """Judge every graph of every budget and every weight; record golden tensors. Raises ParityError."""
+    graph_files = [folder / g.file for g in manifest.graphs.values()]
+    progress("checking that every weight is there")
+    if missing := complete.missing_weights(model, graph_files):
+        raise ParityError(
+            f"{len(missing)} weights of the cut model are in no graph, first `{missing[0]}`",
+            hint="a weight was changed or lost on the way; report this as a bug",
+        )
+    (folder / "golden").mkdir(exist_ok=True)
+    verdict = Exactness()
+    for index, budget in enumerate(manifest.budgets):
+        progress(f"verifying the graphs that keep {budget.visual_tokens} tokens")
+        prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
+        runner = Graphs(folder, manifest, index)
+        with keeping(model, budget.visual_tokens):
+            one, cases = exactness.measure(model, a, budget, runner, seed=seed, name=prefix)
+        cases[0].save(folder / "golden" / f"{budget.visual_tokens}.npz")
+        verdict.merge(one)
+    if not verdict.ok:
+        raise ParityError(report.failure(verdict), hint="no bundle was written; see the worst rows above")
+    return verdict
+
+
+def check_engines(request: Request) -> str | None:
+    """Whether engines can be built here; before any work.
+
+    Returns:
+        None if they will be built, or why they are deferred.
+
+    Raises:
+        ExportError: they cannot be built here and `--defer-build` was not given.
+    """
+    if request.target == "onnx":
+        return None
+    if request.defer_build:
+        return "asked for"
+    reason = engines.available(request.target)
+    if reason is not None:
+        raise ExportError(
+            f"--target {request.target}: {reason}",
+            hint="add --defer-build for a whole bundle whose engines `vlmcut build` makes on the device",
+        )
+    return None
+
+
+def check_lint(manifest: Manifest, folder: Path) -> None:
+    """Refuse graphs that the target's TensorRT would refuse or misread."""
+    for graph in manifest.graphs.values():
+        errors = [f for f in lint(folder / graph.file, manifest.target) if f.severity == "error"]
+        if errors:
+            first = errors[0]
+            raise ExportError(
+                f"{graph.file}: {len(errors)} lint errors for {manifest.target}, first {first.rule} at "
+                f"`{first.node}`: {first.message}",
+                hint=first.fix,
+            )
+
+
+def build_engines(manifest: Manifest, folder: Path, progress: Progress = lambda _: None) -> Manifest:
+    """Build an engine from every graph into `folder/engines/<target>`; returns the manifest that names them."""
+    place = folder / "engines" / manifest.target
+    place.mkdir(parents=True)
+    graphs: dict[str, GraphInfo] = {}
+    builds: dict[str, Any] = {}
+    for name, graph in manifest.graphs.items():
+        progress(f"building the {manifest.target} engine of {name}")
+        plan_path = place / f"{name}.plan"
+        built = engines.build_engine(folder / graph.file, plan_path, manifest.target)
+        builds[name] = {k: v for k, v in dataclasses.asdict(built).items() if k not in ("inputs", "outputs", "warnings")}
+        graphs[name] = dataclasses.replace(graph, engine=plan_path.relative_to(folder).as_posix())
+    return dataclasses.replace(manifest, graphs=graphs, builds=builds)
+
+
+def seal(manifest: Manifest, folder: Path) -> Manifest:
+    """List every file with its size and sha256, and write the manifest."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": digest(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    manifest.save(folder)
+    return manifest
+
+
+def tools() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    found = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _save_processor(loaded: Loaded, folder: Path) -> None:
+    loaded.processor.save_pretrained(folder / "processor")
+    loaded.model.config.save_pretrained(folder)
+    if loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(folder)
+
+
+def _beside(model: str, name: str) -> Path | None:
+    folder = Path(model) / name
+    return folder if folder.is_dir() else None
+
+
+def _questions(request: Request) -> Path | None:
+    if request.questions == 0:
+        return None
+    folder = request.quality or _beside(request.model, "heldout")
+    if request.quality is not None and not (request.quality / "questions.jsonl").is_file():
+        raise VlmcutError(f"`{request.quality}` has no questions.jsonl", hint="see docs/bundle.md for its format")
+    return folder

@@ -1,0 +1,135 @@
+"""A bundle as a model: images and a prompt in, a stream of text out. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import BundleError
+from ..manifest import Manifest, TokenBudget, check_files, read
+from ..prompt import Prompt, Prompter
+from .sessions import Graphs
+
+
+class Bundle:
+    """A folder made by `vlmcut convert`.
+
+    Args:
+        path: the folder.
+        keep: which budget, by the visual tokens it keeps per image; the first one if not given.
+        provider: `cpu` or `cuda`; never changed silently.
+        threads: of one operator, 0 lets the runtime choose.
+
+    Raises:
+        BundleError: no bundle, a missing or shortened file, no such budget, a provider that is not there.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int | None = None, provider: str = "cpu", threads: int = 0) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read(self.path)
+        check_files(self.path, self.manifest, hashes=False)
+        self.budget_index = find_budget(self.manifest, keep)
+        self.graphs = Graphs(self.path, self.manifest, self.budget_index, provider=provider, threads=threads)
+        self.prompter = open_prompter(self.path, self.manifest)
+        self._stop = stop_ids(self.path)
+
+    @property
+    def budget(self) -> TokenBudget:
+        return self.manifest.budgets[self.budget_index]
+
+    def prompt(self, images: Sequence[Image.Image | str | Path], text: str) -> Prompt:
+        """The prompt as the graphs take it, with this budget's placeholders, not yet padded."""
+        from ..prompt import open_image
+
+        opened = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
+        return self.prompter([i.convert("RGB") for i in opened], text).shrink(self.budget.visual_tokens)
+
+    def see(self, prompt: Prompt) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Encode the images of a prompt: features [K, hidden] and kept positions [K], one of each per image."""
+        if prompt.pixel_values is None:
+            return [], []
+        pairs = [self.graphs.vision(image[None]) for image in prompt.pixel_values]
+        return [f for f, _ in pairs], [k[0] for _, k in pairs]
+
+    def tokens(self, prompt: Prompt, max_new_tokens: int | None = None) -> Iterator[int]:
+        """Greedy token ids after the prompt, ending before an end-of-sequence token.
+
+        Args:
+            max_new_tokens: at most the budget's, which is the default.
+
+        Raises:
+            BundleError: a prompt over budget, or more new tokens than the cache has room for.
+        """
+        most = self.budget.new_tokens
+        if max_new_tokens is not None and not 1 <= max_new_tokens <= most:
+            raise BundleError(
+                f"max_new_tokens={max_new_tokens}, the budget holds {most}",
+                hint=f"choose 1 to {most}, or convert again with --new-tokens {max_new_tokens}",
+            )
+        ids, index = prompt.pad(self.budget)
+        features, _ = self.see(prompt)
+        logits = self.graphs.prefill(ids, index, features, prompt.length)
+        for count in range(1, (max_new_tokens or most) + 1):
+            token = int(logits.argmax())
+            if token in self._stop:
+                return
+            yield token
+            if count < (max_new_tokens or most):
+                logits = self.graphs.decode(token, prompt.length + count)
+
+    def stream(
+        self, images: Sequence[Image.Image | str | Path], prompt: str, max_new_tokens: int | None = None
+    ) -> Iterator[str]:
+        """The answer piece by piece, each as soon as it is decoded."""
+        tokenizer = self.prompter.processor.tokenizer
+        ids: list[int] = []
+        shown = ""
+        for token in self.tokens(self.prompt(images, prompt), max_new_tokens):
+            ids.append(token)
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("�"):  # half of a character so far
+                yield text[len(shown) :]
+                shown = text
+
+    def generate(
+        self, images: Sequence[Image.Image | str | Path], prompt: str, max_new_tokens: int | None = None
+    ) -> str:
+        """The whole answer.
+
+        Args:
+            images: paths or PIL images. prompt: text; `<image>` places an image, the others come first.
+        """
+        return "".join(self.stream(images, prompt, max_new_tokens)).strip()
+
+
+def find_budget(manifest: Manifest, keep: int | None) -> int:
+    """Index of the budget that keeps `keep` visual tokens per image; the first for None."""
+    kept = [b.visual_tokens for b in manifest.budgets]
+    if keep is None:
+        return 0
+    if keep not in kept:
+        raise BundleError(
+            f"no budget keeps {keep} visual tokens per image", hint=f"this bundle has {', '.join(map(str, kept))}"
+        )
+    return kept.index(keep)
+
+
+def open_prompter(folder: Path, manifest: Manifest) -> Prompter:
+    """The bundle's processor, PIL backend; loading it runs no remote code."""
+    from transformers import AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(folder / "processor", backend="pil", trust_remote_code=False)
+    return Prompter(processor, manifest.image_token_id, manifest.visual_tokens_full)
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """End-of-sequence ids of `generation_config.json`; empty if it names none."""
+    import json
+
+    path = folder / "generation_config.json"
+    value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return frozenset([value] if isinstance(value, int) else value or [])
