@@ -19,11 +19,12 @@ import torch
 
 from .errors import ExportError, ParityError, PassError, VlmcutError, nearest
 from .exporters import engines
+from .exporters.build import build_engines, seal
 from .exporters.graphs import keeping, write_graphs
 from .exporters.lint import lint
 from .exporters.operators import Contrib, Standard
 from .exporters.staging import refuse_existing, staged
-from .manifest import GraphInfo, Manifest, TokenBudget, digest
+from .manifest import Manifest, TokenBudget
 from .passes import folder as cut_folder
 from .passes import recipe as recipes
 from .passes.calibration import read_calibration
@@ -340,33 +341,6 @@ def check_lint(manifest: Manifest, folder: Path) -> None:
                 f"`{first.node}`: {first.message}",
                 hint=first.fix,
             )
-
-
-def build_engines(manifest: Manifest, folder: Path, progress: Progress = lambda _: None) -> Manifest:
-    """Build an engine from every graph into `folder/engines/<target>`; returns the manifest that names them."""
-    place = folder / "engines" / manifest.target
-    place.mkdir(parents=True)
-    graphs: dict[str, GraphInfo] = {}
-    builds: dict[str, Any] = {}
-    for name, graph in manifest.graphs.items():
-        progress(f"building the {manifest.target} engine of {name}")
-        plan_path = place / f"{name}.plan"
-        built = engines.build_engine(folder / graph.file, plan_path, manifest.target)
-        builds[name] = {k: v for k, v in dataclasses.asdict(built).items() if k not in ("inputs", "outputs", "warnings")}
-        graphs[name] = dataclasses.replace(graph, engine=plan_path.relative_to(folder).as_posix())
-    return dataclasses.replace(manifest, graphs=graphs, builds=builds)
-
-
-def seal(manifest: Manifest, folder: Path) -> Manifest:
-    """List every file with its size and sha256, and write the manifest."""
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": digest(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
-    }
-    manifest = dataclasses.replace(manifest, files=files)
-    manifest.save(folder)
-    return manifest
 
 
 def tools() -> dict[str, str]:

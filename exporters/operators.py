@@ -66,10 +66,10 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = q @ k.transpose(-1, -2) * scale
+    scores = (q @ k.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1) @ v
+    return torch.softmax(scores, dim=-1).to(v.dtype) @ v
 
 
 class Contrib:
@@ -134,13 +134,23 @@ class Standard:
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        if q.dtype == torch.float32:  # TensorRT has no float32 attention kernel
+        if not self._fused(q):
             if causal:
                 mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()[None, None]
             return _softmax_attention(q, k, v, mask, scale)
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         attributes = {"scale": scale, "is_causal": int(causal)}
         return ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)
+
+
+    @staticmethod
+    def _fused(q: Tensor) -> bool:
+        """Whether TensorRT has a kernel for this attention; found by building it with TensorRT-RTX 1.7.1.
+
+        None for float32, for head_dim outside 32 to 256, and for one query row with fewer than four heads.
+        """
+        _, heads, rows, head_dim = q.shape
+        return q.dtype == torch.float16 and 32 <= head_dim <= 256 and (rows > 1 or heads >= 4)
 
 
 Operators = Contrib | Standard

@@ -36,6 +36,10 @@ class Selector(Protocol):
         """Ascending kept positions, int64 [images, keep]."""
         ...
 
+    def scores(self, state: TowerState) -> Tensor | None:
+        """What this selector ranks or measures, float32 or wider; None for a constant choice."""
+        ...
+
     def regret(self, state: TowerState, kept: Tensor) -> Tensor:
         """By how much a given choice falls short of this selector's own, in units of its score; 0 if it does not."""
         ...

@@ -8,7 +8,6 @@ runtime's choice is within rounding of the reference's own scores (`regret`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,8 @@ from . import cases, reference
 from .cases import GREEDY, Case, Distances
 
 MULTIPLE = 8  # of the noise floor; eager and runtime round in other orders, neither is the better one
+MULTIPLE_INT8 = 4  # here the floor already holds whole quantization steps
+_NUDGE = 1e-5  # relative, about a hundred times float32 rounding
 _LEAST = 1e-7  # a floor is never below the last bit of float32 at 1
 
 
@@ -76,16 +77,23 @@ def measure(
     for prompt in fresh_prompts(a, budget, seed):
         choice = [graphs.vision(image[None])[1] for image in _images(prompt)]
         for image, positions in zip(_images(prompt), choice, strict=True):
-            kept.look(model, exact, image, torch.from_numpy(positions))
+            kept.look(model, exact, torch.from_numpy(image)[None], torch.from_numpy(positions))
+            if "vision" in a.quantized:  # see below
+                kept.listen(model, exact, torch.from_numpy(image)[None], nudge=seed + 1)
         case = _record(exact, prompt, choice, min(GREEDY, budget.new_tokens))
         recorded.append(case)
         found.append(cases.distances(graphs, case))
         floors.append(_floor(model, case))
+        if a.quantized:
+            # Rounding to int8 steps is all or nothing: one value on an edge moves a whole step in one run and not
+            # in the other. Nudged inputs show how far such a step goes, whether or not this run met one.
+            floors += [_floor(model, case, nudge=seed + i) for i in (1, 2)]
         flips += _compare_tokens(verdict, model, graphs, case, name)
     far, floor = cases.worst(found), cases.worst(floors)
     far["vision", "kept"], floor["vision", "kept"] = kept.regret, kept.noise
+    multiple = MULTIPLE_INT8 if a.quantized else MULTIPLE
     for (graph, output), value in far.items():
-        tolerance = MULTIPLE * max(floor[graph, output], _LEAST)
+        tolerance = multiple * max(floor[graph, output], _LEAST)
         note = kept.note if output == "kept" else ""
         verdict.rows.append(
             ExactnessRow(
@@ -166,13 +174,27 @@ def _record(exact: Any, prompt: Prompt, choice: list[np.ndarray], count: int) ->
     )
 
 
-def _read(model: Any, prompt: Prompt, features: torch.Tensor) -> reference.Talk:
+def _nudge(x: torch.Tensor, seed: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return x * (1 + _NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype))
+
+
+def _read(
+    model: Any, prompt: Prompt, features: torch.Tensor, change: reference.Change = reference.unchanged
+) -> reference.Talk:
     ids, index = torch.from_numpy(prompt.input_ids), torch.from_numpy(prompt.visual_index)
-    return reference.Talk.read(model, ids, index, features)
+    return reference.Talk.read(model, ids, index, features, change)
 
 
-def _floor(model: Any, case: Case) -> Distances:
-    """Distances of the eager model in its own dtype from the reference."""
+def _floor(model: Any, case: Case, nudge: int | None = None) -> Distances:
+    """Distances of the eager model in its own dtype from the reference.
+
+    Args:
+        nudge: seed of a relative change of `_NUDGE` to every input; None for none.
+    """
+
+    def nudged(x: torch.Tensor) -> torch.Tensor:
+        return x if nudge is None else _nudge(x, nudge)
 
     def far(have: torch.Tensor, want: np.ndarray) -> float:
         return float((have.double() - torch.from_numpy(want).double()).abs().max()) if want.size else 0.0
@@ -181,15 +203,15 @@ def _floor(model: Any, case: Case) -> Distances:
     images = _images(case.prompt)
     if images:
         seen = [
-            reference.see(model, torch.from_numpy(image)[None], torch.from_numpy(kept)[None])[0]
+            reference.see(model, nudged(torch.from_numpy(image)[None]), torch.from_numpy(kept)[None])[0]
             for image, kept in zip(images, case.kept, strict=True)
         ]
         found["vision", "image_features"] = far(torch.stack(seen), case.features)
-    talk = _read(model, case.prompt, torch.from_numpy(case.features).to(model.dtype))
+    talk = _read(model, case.prompt, torch.from_numpy(case.features).to(model.dtype), nudged)
     found["prefill", "logits"] = far(talk.logits, case.prefill_logits)
     steps = []
     for token in case.tokens:
-        talk = talk.say(int(token))
+        talk = talk.say(int(token), nudged)
         steps.append(talk.logits)
     found["decode", "logits"] = far(torch.stack(steps), case.decode_logits)
     length = case.prompt.length
@@ -210,21 +232,25 @@ class _Kept:
     noise: float = 0.0
 
     @torch.no_grad()
-    def look(self, model: Any, exact: Any, image: np.ndarray, kept: torch.Tensor) -> None:
-        pixels = torch.from_numpy(image)[None]
+    def look(self, model: Any, exact: Any, pixels: torch.Tensor, kept: torch.Tensor) -> None:
+        """Judge the positions [1, K] that the runtime kept of an image [1, 3, height, width]."""
         selection = locate(exact).selection
         self.images += 1
         if selection is None:
             equal = torch.equal(kept[0], torch.arange(kept.shape[1]))
             self.regret = max(self.regret, 0.0 if equal else float("inf"))
             return
-        state, own = reference.tower_state(exact, pixels), reference.tower_state(model, pixels)
-        assert state is not None and own is not None
-        selector: Any = selection.selector
-        self.other += not torch.equal(kept, selector(state, selection.keep))
-        self.regret = max(self.regret, float(selector.regret(state, kept)))
-        scores: Callable[..., torch.Tensor | None] = selector.scores
-        want, have = scores(state), scores(own)
+        state = reference.tower_state(exact, pixels)
+        assert state is not None
+        self.other += not torch.equal(kept, selection.selector(state, selection.keep))
+        self.regret = max(self.regret, float(selection.selector.regret(state, kept)))
+        self.listen(model, exact, pixels)
+
+    @torch.no_grad()
+    def listen(self, model: Any, exact: Any, pixels: torch.Tensor, nudge: int | None = None) -> None:
+        """How far the eager model's scores are from the reference's: the noise in which a choice may differ."""
+        want = reference.scores(exact, pixels)
+        have = reference.scores(model, pixels if nudge is None else _nudge(pixels, nudge))
         if want is not None and have is not None:
             self.noise = max(self.noise, float((have.double() - want).abs().max()))
 

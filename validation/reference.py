@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,9 @@ class Chosen:
 
     def __call__(self, state: TowerState, keep: int) -> Tensor:
         return self.kept
+
+    def scores(self, state: TowerState) -> Tensor | None:
+        return None
 
     def regret(self, state: TowerState, kept: Tensor) -> Tensor:
         return torch.zeros(())
@@ -73,6 +76,21 @@ def tower_state(model: Any, pixel_values: Tensor) -> TowerState | None:
     return None if selection is None else selection.state(pixel_values.to(model.dtype))[0]
 
 
+Change = Callable[[Tensor], Tensor]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The identity."""
+    return x
+
+
+@torch.no_grad()
+def scores(model: Any, pixel_values: Tensor) -> Tensor | None:
+    """What the model's method ranks, for one image; None if it ranks nothing."""
+    state, selection = tower_state(model, pixel_values), locate(model).selection
+    return None if state is None or selection is None else selection.selector.scores(state)
+
+
 @dataclass
 class Talk:
     """A prompt that has been read: logits of its last token and the cache, to be continued."""
@@ -83,19 +101,21 @@ class Talk:
 
     @classmethod
     @torch.no_grad()
-    def read(cls, model: Any, input_ids: Tensor, visual_index: Tensor, features: Tensor) -> Talk:
-        """Read an unpadded prompt, [1, L] twice, with features [images, K, hidden]."""
+    def read(
+        cls, model: Any, input_ids: Tensor, visual_index: Tensor, features: Tensor, change: Change = unchanged
+    ) -> Talk:
+        """Read an unpadded prompt, [1, L] twice, with features [images, K, hidden]; `change` edits what enters."""
         language = model.model.language_model
         x = language.embed_tokens(input_ids)
         place = visual_index[0] >= 0
         x[0, place] = features.to(x.dtype).flatten(0, 1)[visual_index[0, place]]
         cache = DynamicCache(config=language.config)
-        return cls(model, torch.empty(0), cache)._run(x)
+        return cls(model, torch.empty(0), cache)._run(change(x))
 
     @torch.no_grad()
-    def say(self, token: int) -> Talk:
+    def say(self, token: int, change: Change = unchanged) -> Talk:
         """Feed one token."""
-        return self._run(self.model.model.language_model.embed_tokens(torch.tensor([[token]])))
+        return self._run(change(self.model.model.language_model.embed_tokens(torch.tensor([[token]]))))
 
     def _run(self, x: Tensor) -> Talk:
         out = self.model.model.language_model(inputs_embeds=x, past_key_values=self.cache, use_cache=True)

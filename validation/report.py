@@ -10,14 +10,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ..manifest import ExactnessRow, Manifest
-from .exactness import MULTIPLE, Exactness
+from .exactness import MULTIPLE, MULTIPLE_INT8, Exactness
 
 
 def exactness_json(verdict: Exactness) -> dict[str, Any]:
     """The `exactness` field of a manifest."""
     return {
         "ok": verdict.ok,
-        "multiple": MULTIPLE,
         "tokens": verdict.tokens,
         "equal": verdict.equal,
         "near_ties": verdict.near_ties,
@@ -80,8 +79,9 @@ def page(manifest: Manifest, rows: list[ExactnessRow]) -> str:
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>vlmcut report</title>",
         f"<style>{_STYLE}</style><h1>{html.escape(str(manifest.source.get('id')))}: {verdict}</h1>",
-        f"<p>Target {manifest.target}, {manifest.dtype}. {tokens}. A graph may be {MULTIPLE} times as far from the "
-        "float64 reference as the eager model in its own dtype is (the floor).</p>",
+        f"<p>Target {manifest.target}, {manifest.dtype}. {tokens}. A graph may be {MULTIPLE} times (int8: "
+        f"{MULTIPLE_INT8} times) as far from the float64 reference as the eager model in its own dtype is (the floor)."
+        "</p>",
         _table(
             ["budget", "images", "tokens per image", "text", "new", "prompt columns", "cache rows"],
             [
