@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .exporters.convert import convert
+    from .api import convert, inspect
     from .runtime.bundle import Bundle
-    from .surgery.inspect import inspect
     from .passes.folder import load
     from .validation.verify import verify
 
 _HOMES = {
-    "convert": ".exporters.convert",
-    "inspect": ".surgery.inspect",
+    "convert": ".api",
+    "inspect": ".api",
     "load": ".passes.folder",
     "verify": ".validation.verify",
     "Bundle": ".runtime.bundle",

@@ -95,7 +95,7 @@ def seal(manifest: Manifest, folder: Path, into: Path | None = None) -> Manifest
     files = {
         path.relative_to(folder).as_posix(): {"sha256": digest(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and ".partial-" not in path.as_posix()
+        if path.is_file() and path.name != MANIFEST and ".partial-" not in path.relative_to(folder).as_posix()
     }
     manifest = dataclasses.replace(manifest, files=files)
     manifest.save(into or folder)

@@ -1,0 +1,114 @@
+"""The Python API of the two big verbs: `inspect` predicts, `convert` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import pipeline
+from .manifest import Manifest
+from .pipeline import Plan, Progress, Request
+from .errors import PassError
+from .passes.drop_heads import DropHeads
+from .passes.drop_layers import DropLayers
+from .passes.prune_tokens import PruneTokens
+from .passes.quantize import Quantize
+from .passes.recipe import PASSES
+from .passes.tokens.methods import METHODS
+from .passes.trim_tower import TrimTower
+from .surgery.anatomy import Anatomy, costs, kv_bytes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a pass or a method applies to a model, and how far it goes or why not."""
+
+    name: str
+    applies: bool
+    note: str
+
+
+def inspect(model: str, **request: Any) -> dict[str, Any]:
+    """Describe a model and predict what a recipe makes of it, from the config alone.
+
+    Args:
+        model: a folder, a hub id or `tiny:llava`.
+        request: fields of `pipeline.Request`, such as `prune=0.75` or `drop_layers={"vision": 1}`.
+
+    Returns:
+        Plain data: `anatomy`, `costs` before and after, `kv_bytes`, `passes` that apply.
+    """
+    planned = pipeline.plan(Request(model=model, **request))
+    return to_json(planned)
+
+
+def convert(model: str, out: str | Path, *, progress: Progress = lambda _: None, **request: Any) -> Manifest:
+    """Convert a model into a verified bundle at `out`.
+
+    Args:
+        model: a folder, a hub id or `tiny:llava`.
+        out: a new folder; an existing path is refused.
+        progress: called with one line before each step.
+        request: fields of `pipeline.Request`, such as `prune=0.75`, `recipe=Path("r.toml")` or `target="rtx"`.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ParityError: a graph does not compute what the cut eager model computes; nothing is left at `out`.
+        VlmcutError: any other expected failure; nothing is left either.
+    """
+    return pipeline.convert(Request(model=model, **request), Path(out), progress)
+
+
+def to_json(planned: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    budget = planned.budgets[0]
+
+    def part(a: Anatomy) -> dict[str, Any]:
+        return {
+            "anatomy": a.to_json(),
+            "costs": [
+                dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)
+            ],
+            "kv_bytes": kv_bytes(a, budget.images * a.keep + budget.text_tokens + budget.new_tokens),
+        }
+
+    return {
+        "before": part(planned.before),
+        "after": part(planned.after),
+        "recipe": planned.recipe.tables(),
+        "budgets": [dataclasses.asdict(b) | {"sequence": b.sequence, "cache": b.cache} for b in planned.budgets],
+        "notes": list(planned.notes),
+        "passes": [dataclasses.asdict(v) for v in verdicts(planned.before)],
+    }
+
+
+def verdicts(a: Anatomy) -> list[Verdict]:
+    """Every pass and method with the most it can do on this model, tried through `plan`."""
+    trimmed = TrimTower().plan(a)
+    found = [Verdict(TrimTower.name, True, f"{a.tower.layers - a.tower.feature_layer} tower layers are dead weight")]
+    for name in METHODS:
+        step = PruneTokens(keep=max(1, a.visual_tokens // 4), method=name)
+        note = "; ".join([f"1 to {a.visual_tokens} tokens per image", *step.notes(trimmed)])
+        found.append(_try(f"{PruneTokens.name} {name}", step, trimmed, note))
+    for part in ("vision", "language"):
+        heads = trimmed.tower.heads[0] if part == "vision" else a.language.kv_heads[0]
+        kind = "heads" if part == "vision" else "KV heads"
+        step = DropHeads(part=part, fraction=1 / heads)
+        found.append(_try(f"{DropHeads.name} {part}", step, trimmed, f"{heads} {kind} per layer"))
+        layers = trimmed.tower.layers if part == "vision" else a.language.layers
+        found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))
+    found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
+    assert {v.name.split()[0] for v in found} == set(PASSES)
+    return found
+
+
+def _try(name: str, step: Any, a: Anatomy, note: str) -> Verdict:
+    try:
+        step.plan(a)
+    except PassError as error:
+        return Verdict(name, False, str(error))
+    return Verdict(name, True, note)

@@ -1,0 +1,456 @@
+"""The command line: parse, call the API, print. Data on stdout, everything else on stderr; no logic lives here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from vlmcut.errors import VlmcutError
+
+if TYPE_CHECKING:
+    from vlmcut.pipeline import Plan, Request
+    from vlmcut.manifest import ExactnessRow
+
+app = typer.Typer(
+    name="vlmcut",
+    help="Make a Hugging Face vision-language model small and fast, and prove that it is still the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder, hub id, or tiny:llava (random, offline).")]
+BundlePath = Annotated[Path, typer.Argument(help="Folder made by `vlmcut convert`.")]
+Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="TOML recipe; replaces the flags that cut.")]
+Prune = Annotated[float | None, typer.Option("--prune", help="Fraction of visual tokens removed, 0 <= R < 1.")]
+Keep = Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image; several: 25,50,100.")]
+Method = Annotated[str, typer.Option("--method", help="How tokens are chosen; see `vlmcut passes`.")]
+DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions removed: vision:0.25,language:0.25.")]
+DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
+Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
+Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of method `random` and of the verification inputs.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub id brings.")]
+Images = Annotated[int, typer.Option("--images", help="Most images in one prompt.")]
+TextTokens = Annotated[int, typer.Option("--text-tokens", help="Room for text in a prompt.")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", help="Most tokens of an answer.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Provider = Annotated[str, typer.Option("--provider", help="cpu or cuda.")]
+OneKeep = Annotated[int | None, typer.Option("--keep", help="Which budget, by tokens kept per image.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="New folder; an existing one is refused.")]
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; an existing one is refused.")] = None,
+    prune: Prune = None,
+    keep: Keep = None,
+    method: Method = "fastervlm",
+    drop_heads: DropHeads = None,
+    drop_layers: DropLayers = None,
+    quantize: Quantize = "none",
+    recipe: Recipe = None,
+    target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
+    images: Images = 1,
+    text_tokens: TextTokens = 128,
+    new_tokens: NewTokens = 128,
+    calibration: Calibration = None,
+    quality: Annotated[
+        Path | None, typer.Option("--quality", help="Images and questions.jsonl; MODEL/heldout if it is there.")
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", help="How many of them; 0 for none.")] = 100,
+    defer_build: Annotated[bool, typer.Option("--defer-build", help="Leave engines to `vlmcut build`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; no weight is read.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut a model, export it, verify it, and write a bundle that runs without torch."""
+    from vlmcut import pipeline as api
+
+    request = api.Request(
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        target=target,
+        dtype=dtype,
+        images=images,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        calibration=calibration,
+        quality=quality,
+        questions=questions,
+        defer_build=defer_build,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is None and not dry_run:
+        raise typer.BadParameter("convert needs -o OUT (or --dry-run)")
+    planned = api.plan(request)
+    if dry_run:
+        _print_plan(planned, as_json, request)
+        return
+    assert out is not None
+    _print_plan(planned, False, request)
+    manifest = api.convert(request, out, progress=_progress)
+    if as_json:
+        print((out / "manifest.json").read_text(), end="")
+        return
+    from vlmcut.validation import report
+
+    _print_rows(report.rows_of(manifest))
+    print(f"tokens   {manifest.exactness['equal']} of {manifest.exactness['tokens']} greedy tokens equal")
+    for text in manifest.exactness["near_ties"]:
+        print(f"near tie {text}")
+    if manifest.quality:
+        right = ", ".join(f"{name} {100 * value:.1f} %" for name, value in manifest.quality["accuracy"].items())
+        print(f"quality  {manifest.quality['questions']} questions answered right: {right}")
+    print(f"size     {sum(f['bytes'] for f in manifest.files.values()):,} bytes in {len(manifest.files)} files")
+    for name, built in manifest.builds.items():
+        print(f"engine   {name}: " + (f"deferred, {built}" if name == "deferred" else f"{built['plan_bytes']:,} bytes"))
+    print(f"bundle   {out}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    prune: Prune = None,
+    keep: Keep = None,
+    method: Method = "fastervlm",
+    drop_heads: DropHeads = None,
+    drop_layers: DropLayers = None,
+    quantize: Quantize = "none",
+    recipe: Recipe = None,
+    images: Images = 1,
+    text_tokens: TextTokens = 128,
+    new_tokens: NewTokens = 128,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what a model is made of, where its work goes, what applies to it, and what a recipe would change."""
+    from vlmcut import pipeline as api
+    from vlmcut.api import verdicts
+
+    request = api.Request(
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        images=images,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    planned = api.plan(request)
+    _print_plan(planned, as_json, request)
+    if not as_json:
+        print("\napplies")
+        for verdict in verdicts(planned.before):
+            print(f"  {'yes' if verdict.applies else 'no '} {verdict.name:<24} {verdict.note}")
+
+
+@app.command()
+def cut(
+    model: Model,
+    out: Out,
+    prune: Prune = None,
+    keep: Keep = None,
+    method: Method = "fastervlm",
+    drop_heads: DropHeads = None,
+    drop_layers: DropLayers = None,
+    quantize: Quantize = "none",
+    recipe: Recipe = None,
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Surgery only: save the cut model as a folder that `vlmcut.load` reloads bit-equal."""
+    from vlmcut import pipeline as api
+
+    request = api.Request(
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        calibration=calibration,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if len(request.keep) > 1:
+        raise typer.BadParameter("cut makes one model: give one --keep")
+    _print_plan(api.plan(request), False, request)
+    api.save_cut(request, out, progress=_progress)
+    print(out)
+
+
+@app.command()
+def verify(
+    bundle: BundlePath,
+    against: Annotated[str | None, typer.Option("--against", help="Source model: fresh inputs, needs torch.")] = None,
+    provider: Provider = "cpu",
+    seed: Annotated[int, typer.Option("--seed", help="Of the fresh inputs.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file and every graph again, from the golden tensors or against the model. Exit 1 if one is off."""
+    import dataclasses
+
+    from vlmcut.validation.verify import verify as run_verify
+
+    rows = run_verify(bundle, against=against, provider=provider, seed=seed, progress=_progress)
+    if as_json:
+        print(json.dumps({"ok": all(r.ok for r in rows), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
+    else:
+        _print_rows(rows)
+    if bad := [r for r in rows if not r.ok]:
+        raise VlmcutError(
+            f"{len(bad)} of {len(rows)} rows are beyond their tolerance", hint="this bundle must not be deployed here"
+        )
+
+
+@app.command()
+def run(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <image> places an image in it.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image; several are allowed.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="At most the budget's.")] = None,
+    keep: OneKeep = None,
+    provider: Provider = "cpu",
+    threads: Annotated[int, typer.Option("--threads", help="0 lets the runtime choose.")] = 0,
+) -> None:
+    """Answer a question about pictures, streaming; needs no torch."""
+    from vlmcut.runtime.bundle import Bundle
+
+    model = Bundle(bundle, keep=keep, provider=provider, threads=threads)
+    started = False
+    for piece in model.stream(image or [], prompt, max_new_tokens):
+        print(piece if started else piece.lstrip(), end="", flush=True)
+        started = True
+    print()
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    vs: Annotated[Path | None, typer.Option("--vs", help="Another bundle, interleaved.")] = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each.")] = 10,
+    decode_tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens decoded per run.")] = 16,
+    keep: OneKeep = None,
+    provider: Provider = "cpu",
+    threads: Annotated[int, typer.Option("--threads", help="0 lets the runtime choose.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Time to first token by graph, decode speed and peak memory, medians of full-budget prompts."""
+    from vlmcut.runtime.bench import bench as measure
+    from vlmcut.runtime.bundle import Bundle
+
+    paths = [bundle] if vs is None else [bundle, vs]
+    opened = [Bundle(p, keep=keep if i == 0 else None, provider=provider, threads=threads) for i, p in enumerate(paths)]
+    speeds = measure(opened, runs=runs, decode_tokens=decode_tokens)
+    if as_json:
+        print(json.dumps({str(p): s.to_json() for p, s in zip(paths, speeds, strict=True)}, indent=1))
+        return
+    columns = ("prompt_tokens", "vision_ms", "prefill_ms", "ttft_ms", "decode_ms", "tokens_per_second", "peak_rss_mb")
+    print(" ".join(f"{c:>17}" for c in columns))
+    for path, speed in zip(paths, speeds, strict=True):
+        print(" ".join(f"{speed.to_json()[c]:17.1f}" for c in columns), path)
+    if vs is not None:
+        one, other = (s.to_json() for s in speeds)
+        print("ratio to the other: " + ", ".join(f"{c} {one[c] / other[c]:.2f}" for c in columns[1:5]))
+
+
+@app.command()
+def overlay(
+    bundle: BundlePath,
+    image: Annotated[Path, typer.Option("--image", "-i", help="An image.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; an existing one is refused.")],
+    keep: OneKeep = None,
+) -> None:
+    """Draw the tokens that reach the language model on the picture."""
+    from vlmcut.exporters.staging import refuse_existing
+    from vlmcut.runtime.bundle import Bundle
+    from vlmcut.runtime.overlay import overlay as draw
+
+    refuse_existing(out)
+    model = Bundle(bundle, keep=keep)
+    drawing, kept = draw(model, image)
+    drawing.save(out, format="PNG")
+    print(f"{out}: {len(kept)} of {model.manifest.visual_tokens_full} tokens kept")
+
+
+@app.command()
+def build(
+    bundle: BundlePath,
+    target: Annotated[str | None, typer.Option("--target", help="trt or rtx; the bundle's own if not given.")] = None,
+) -> None:
+    """On the device: build the engines that a bundle deferred. Needs TensorRT, not torch."""
+    from vlmcut.exporters.build import build_bundle
+
+    manifest = build_bundle(bundle, target=target, progress=_progress)
+    for name, report in manifest.builds.items():
+        print(f"{name}: {report['plan_bytes']:,} bytes in {report['seconds']:.1f} s")
+
+
+@app.command()
+def lint(
+    path: Annotated[Path, typer.Argument(help="An ONNX file or a bundle.")],
+    target: Annotated[str, typer.Option("--target", help="rtx or trt.")] = "trt",
+) -> None:
+    """Will these graphs build on that TensorRT? Every finding names the node and the fix. Exit 1 on an error."""
+    from vlmcut.exporters.lint import lint as check
+    from vlmcut.manifest import read
+
+    files = [path] if path.is_file() else [path / g.file for g in read(path).graphs.values()]
+    errors = 0
+    for file in files:
+        for finding in check(file, target):
+            errors += finding.severity == "error"
+            print(f"{file.name}: {finding.severity} {finding.rule} {finding.node}: {finding.message}; {finding.fix}")
+    if errors:
+        raise VlmcutError(f"{errors} lint errors for {target}", hint="see the fixes above")
+    print(f"{len(files)} graphs: nothing to fix for {target}")
+
+
+@app.command()
+def passes(as_json: AsJson = False) -> None:
+    """List every pass and method with its source."""
+    import dataclasses
+
+    from vlmcut.passes.recipe import PASSES
+    from vlmcut.passes.tokens.methods import METHODS
+
+    if as_json:
+        data = {
+            "passes": {
+                n: {"summary": p.summary, "source": p.source, "keys": [f.name for f in dataclasses.fields(p)]}
+                for n, p in PASSES.items()
+            },
+            "methods": {n: {"summary": m.summary, "source": m.source} for n, m in METHODS.items()},
+        }
+        print(json.dumps(data, indent=1))
+        return
+    print("passes, in the order of a recipe")
+    for name, kind in PASSES.items():
+        keys = ", ".join(f.name for f in dataclasses.fields(kind)) or "no keys"
+        print(f"  {name:<13} {kind.summary}\n                keys: {keys}; {kind.source}")
+    print("methods of prune-tokens")
+    for name, row in METHODS.items():
+        print(f"  {name:<13} {row.summary}; {row.source}")
+
+
+def _cuts(
+    model: str,
+    prune: float | None,
+    keep: str | None,
+    method: str,
+    drop_heads: str | None,
+    drop_layers: str | None,
+    quantize: str,
+    recipe: Path | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prune": prune,
+        "keep": tuple(_numbers("--keep", keep.split(","), int)) if keep else (),
+        "method": method,
+        "drop_heads": _pairs("--drop-heads", drop_heads, float),
+        "drop_layers": _pairs("--drop-layers", drop_layers, int),
+        "quantize": quantize,
+        "recipe": recipe,
+    }
+
+
+def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
+    try:
+        return [kind(t) for t in texts]
+    except ValueError as error:
+        raise typer.BadParameter(f"{flag} {','.join(texts)}: {error}") from error
+
+
+def _pairs(flag: str, text: str | None, kind: type) -> dict[str, Any]:
+    found = {}
+    for item in (text or "").split(",") if text else []:
+        part, colon, number = item.partition(":")
+        if not colon:
+            raise typer.BadParameter(f"{flag} {text}: write part:number, for example vision:1")
+        found[part] = _numbers(flag, [number], kind)[0]
+    return found
+
+
+def _progress(text: str) -> None:
+    print(f"… {text}", file=sys.stderr, flush=True)
+
+
+def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
+    from vlmcut.api import to_json
+
+    data = to_json(planned)
+    if as_json:
+        print(json.dumps(data, indent=1))
+        return
+    a, b = planned.before, planned.after
+    lines = [
+        f"model    {request.model}: {a.tower.kind} + {a.language.kind}",
+        f"tower    {_change(a.tower.layers, b.tower.layers)} layers, {_change(a.tower.heads[0], b.tower.heads[0])} heads"
+        f", hidden {a.tower.hidden}, {a.tower.image_size} px in patches of {a.tower.patch_size}",
+        f"language {_change(a.language.layers, b.language.layers)} layers, "
+        f"{_change(a.language.heads[0], b.language.heads[0])} heads in "
+        f"{_change(a.language.kv_heads[0], b.language.kv_heads[0])} KV groups, hidden {a.language.hidden}",
+        f"tokens   {a.visual_tokens} visual tokens per image, "
+        + ("all kept" if b.method is None else f"{'/'.join(str(x.visual_tokens) for x in planned.budgets)} kept by {b.method}"),
+        f"int8     {', '.join(b.quantized) or 'nothing'}",
+    ]
+    for budget in planned.budgets:
+        lines.append(
+            f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "
+            f"columns, + {budget.new_tokens} new = {budget.cache} cache rows"
+        )
+    for before, after in zip(data["before"]["costs"], data["after"]["costs"], strict=True):
+        lines.append(
+            f"work     {before['part']:<21} {before['flops'] / 1e9:10.3f} -> {after['flops'] / 1e9:10.3f} GFLOP, "
+            f"{before['parameters'] / 1e6:9.3f} -> {after['parameters'] / 1e6:9.3f} M parameters"
+        )
+    lines.append(f"KV cache {data['before']['kv_bytes'] / 1e6:.3f} -> {data['after']['kv_bytes'] / 1e6:.3f} MB in float32")
+    lines += [f"note     {note}" for note in planned.notes]
+    print("\n".join(lines))
+
+
+def _change(before: int, after: int) -> str:
+    return str(before) if before == after else f"{before} -> {after}"
+
+
+def _print_rows(rows: list[ExactnessRow]) -> None:
+    from vlmcut.validation.report import line
+
+    for row in rows:
+        print(line(row))
+
+
+def _fail(error: VlmcutError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"\nhint: {error.hint}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main() -> None:
+    """Entry point. Exit 0 done, 1 an expected failure, 2 wrong usage."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A stopped job (docker stop, a CI timeout) cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app()
+    except VlmcutError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    main()

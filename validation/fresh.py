@@ -1,0 +1,49 @@
+"""`verify --against MODEL`: the stored recipe is applied to the model again, and fresh inputs judge the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..exporters.graphs import keeping
+from ..manifest import ExactnessRow, Manifest
+from ..passes import folder as cut_folder
+from ..passes import recipe as recipes
+from ..runtime.sessions import Graphs
+from ..surgery.load import describe
+from . import exactness
+
+
+def verify_fresh(
+    folder: Path, manifest: Manifest, against: str, *, provider: str, seed: int, progress: Callable[[str], None]
+) -> list[ExactnessRow]:
+    """Rows of all budgets on inputs of `seed`; a token that differs beyond a near tie is a row of its own."""
+    progress(f"cutting `{against}` by the bundle's recipe")
+    loaded = cut_folder.load(against)
+    if not loaded.recipe:
+        recipes.from_tables(manifest.recipe, "the bundle's recipe").apply(loaded.model, None)
+    model = loaded.model.to(getattr(torch, manifest.dtype))
+    a = describe(model)
+    rows: list[ExactnessRow] = []
+    for index, budget in enumerate(manifest.budgets):
+        progress(f"fresh inputs for the budget that keeps {budget.visual_tokens} tokens")
+        prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
+        graphs = Graphs(folder, manifest, index, provider=provider)
+        with keeping(model, budget.visual_tokens):
+            verdict, _ = exactness.measure(model, a, budget, graphs, seed=seed, name=prefix)
+        wrong = len(verdict.wrong)
+        rows += [
+            *verdict.rows,
+            ExactnessRow(
+                graph=f"{prefix}greedy",
+                output="tokens",
+                max_abs=wrong,
+                floor=0,
+                tolerance=0,
+                ok=not wrong,
+                note=f"{verdict.equal} of {verdict.tokens} equal, {len(verdict.near_ties)} near ties",
+            ),
+        ]
+    return rows
