@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 from model import FEATURE_LAYER, TOKENS, cls_attention, read_questions
+from PIL import Image
 from scenes import KINDS, ask, scene_set, to_pil
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).resolve().parent
 FRESH_SEED = 1000  # of --scenes; heldout/ and images/ have other seeds
@@ -41,7 +40,7 @@ def fresh_questions(count):
     scenes, pictures, ink = scene_set("heldout", count, FRESH_SEED)
     rng = random.Random(FRESH_SEED)
     asked = [[(kind, *ask(scenes.objects(index), kind, rng)) for kind in KINDS] for index in range(count)]
-    return [(to_pil(picture), questions) for picture, questions in zip(pictures, asked)], ink.flatten(1)
+    return [(to_pil(picture), questions) for picture, questions in zip(pictures, asked, strict=True)], ink.flatten(1)
 
 
 def kept_tokens(attention, drop, how, generator):
@@ -85,9 +84,9 @@ def evaluate(model, processor, scenes, drop, how, batch):
     flat.sort(key=lambda item: item[2] == "description")  # batches of answers of similar length
     for start in range(0, len(flat), batch):
         part = flat[start : start + batch]
-        indices, images, kinds, questions, expected = map(list, zip(*part))
+        indices, images, kinds, questions, expected = map(list, zip(*part, strict=True))
         given, attention = answers(model, processor, images, questions, drop, how, generator)
-        for index, kind, answer, right, row in zip(indices, kinds, given, expected, attention):
+        for index, kind, answer, right, row in zip(indices, kinds, given, expected, attention, strict=True):
             score[kind][0] += answer == right
             score[kind][1] += 1
             rows[index] = row

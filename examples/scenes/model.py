@@ -9,6 +9,7 @@ import random
 
 import numpy as np
 import torch
+from scenes import GRID, KINDS, PATCH, SIZE, ask, sample_scenes
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -20,8 +21,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from scenes import GRID, KINDS, PATCH, SIZE, ask, sample_scenes
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 TOKENS = GRID * GRID  # visual tokens a picture
@@ -58,7 +57,8 @@ def build_processor():
     bpe.decoder = decoders.ByteLevel()
     special = [AddedToken(token, normalized=False, special=True) for token in (PAD, BOS, EOS, IMAGE)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(corpus, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )

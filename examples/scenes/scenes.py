@@ -193,7 +193,7 @@ def describe(objects):
 def _unique(objects, *fields):
     """The objects whose values at `fields` (0: digit, 1: colour) no other object of the scene shares."""
     keys = [tuple(item[field] for field in fields) for item in objects]
-    return [item for item, key in zip(objects, keys) if keys.count(key) == 1]
+    return [item for item, key in zip(objects, keys, strict=True) if keys.count(key) == 1]
 
 
 def _ask_digit(objects, rng):
@@ -259,7 +259,14 @@ def _ask_description(objects, rng):
     return rng.choice(forms), describe(objects)
 
 
-_ASK = dict(zip(KINDS, (_ask_digit, _ask_colour, _ask_place, _ask_count, _ask_presence, _ask_description)))
+_ASK = {
+    "digit": _ask_digit,
+    "colour": _ask_colour,
+    "place": _ask_place,
+    "count": _ask_count,
+    "presence": _ask_presence,
+    "description": _ask_description,
+}
 
 
 def ask(objects, kind, rng):
