@@ -20,6 +20,7 @@ step of stage 1 and 1.28 s a step of stage 2, for batches of 32 pictures instead
 """
 
 import argparse
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ def rate(step, steps, peak, warmup=200):
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Stage:
