@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import convert, inspect
-    from .runtime.bundle import Bundle
     from .passes.folder import load
+    from .runtime.bundle import Bundle
     from .validation.verify import verify
 
 _HOMES = {

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import pipeline
-from .manifest import Manifest
-from .pipeline import Plan, Progress, Request
 from .errors import PassError
+from .manifest import Manifest
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
 from .passes.prune_tokens import PruneTokens
@@ -18,6 +17,7 @@ from .passes.quantize import Quantize
 from .passes.recipe import PASSES
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
+from .pipeline import Plan, Progress, Request
 from .surgery.anatomy import Anatomy, costs, kv_bytes
 
 
@@ -70,9 +70,7 @@ def to_json(planned: Plan) -> dict[str, Any]:
     def part(a: Anatomy) -> dict[str, Any]:
         return {
             "anatomy": a.to_json(),
-            "costs": [
-                dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)
-            ],
+            "costs": [dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)],
             "kv_bytes": kv_bytes(a, budget.images * a.keep + budget.text_tokens + budget.new_tokens),
         }
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-
 from vlmcut.errors import VlmcutError
 
 if TYPE_CHECKING:
-    from vlmcut.pipeline import Plan, Request
     from vlmcut.manifest import ExactnessRow
+    from vlmcut.pipeline import Plan, Request
 
 app = typer.Typer(
     name="vlmcut",
@@ -396,15 +395,18 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
         print(json.dumps(data, indent=1))
         return
     a, b = planned.before, planned.after
+    kept = "all kept"
+    if b.method is not None:
+        kept = f"{'/'.join(str(x.visual_tokens) for x in planned.budgets)} kept by {b.method}"
     lines = [
         f"model    {request.model}: {a.tower.kind} + {a.language.kind}",
-        f"tower    {_change(a.tower.layers, b.tower.layers)} layers, {_change(a.tower.heads[0], b.tower.heads[0])} heads"
-        f", hidden {a.tower.hidden}, {a.tower.image_size} px in patches of {a.tower.patch_size}",
+        f"tower    {_change(a.tower.layers, b.tower.layers)} layers, "
+        f"{_change(a.tower.heads[0], b.tower.heads[0])} heads, hidden {a.tower.hidden}, "
+        f"{a.tower.image_size} px in patches of {a.tower.patch_size}",
         f"language {_change(a.language.layers, b.language.layers)} layers, "
         f"{_change(a.language.heads[0], b.language.heads[0])} heads in "
         f"{_change(a.language.kv_heads[0], b.language.kv_heads[0])} KV groups, hidden {a.language.hidden}",
-        f"tokens   {a.visual_tokens} visual tokens per image, "
-        + ("all kept" if b.method is None else f"{'/'.join(str(x.visual_tokens) for x in planned.budgets)} kept by {b.method}"),
+        f"tokens   {a.visual_tokens} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]
     for budget in planned.budgets:
@@ -417,7 +419,8 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
             f"work     {before['part']:<21} {before['flops'] / 1e9:10.3f} -> {after['flops'] / 1e9:10.3f} GFLOP, "
             f"{before['parameters'] / 1e6:9.3f} -> {after['parameters'] / 1e6:9.3f} M parameters"
         )
-    lines.append(f"KV cache {data['before']['kv_bytes'] / 1e6:.3f} -> {data['after']['kv_bytes'] / 1e6:.3f} MB in float32")
+    cache = [data[when]["kv_bytes"] / 1e6 for when in ("before", "after")]
+    lines.append(f"KV cache {cache[0]:.3f} -> {cache[1]:.3f} MB in float32")
     lines += [f"note     {note}" for note in planned.notes]
     print("\n".join(lines))
 

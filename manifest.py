@@ -126,7 +126,7 @@ def read(folder: Path) -> Manifest:
             )
         manifest = _from_json(data)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"`{path}` cannot be read: {error}", hint="copy the bundle again, or convert again") from error
+        raise BundleError(f"`{path}` cannot be read: {error}", hint="copy the bundle again") from error
     for name in [*manifest.files, *(g.file for g in manifest.graphs.values())]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleError(f"`{path}` names `{name}`, which leaves the bundle", hint="do not use this bundle")

@@ -178,15 +178,11 @@ def cut(request: Request, progress: Progress = lambda _: None) -> tuple[Loaded, 
     """
     planned = plan(request)
     progress("loading the model")
-    loaded = cut_folder.load(
-        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
-    )
+    loaded = cut_folder.load(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
     return (loaded, *_apply(request, planned, loaded, progress))
 
 
-def _apply(
-    request: Request, planned: Plan, loaded: Loaded, progress: Progress
-) -> tuple[Any, Recipe, dict[str, Any]]:
+def _apply(request: Request, planned: Plan, loaded: Loaded, progress: Progress) -> tuple[Any, Recipe, dict[str, Any]]:
     source_config = copy.deepcopy(loaded.model.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict(loaded.model).items()}
     notes: dict[str, Any] = {}
@@ -282,9 +278,7 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     return manifest
 
 
-def prove(
-    model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int, progress: Progress
-) -> Exactness:
+def prove(model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int, progress: Progress) -> Exactness:
     """Judge every graph of every budget and every weight; record golden tensors. Raises ParityError."""
     graph_files = [folder / g.file for g in manifest.graphs.values()]
     progress("checking that every weight is there")

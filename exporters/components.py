@@ -52,8 +52,8 @@ class Vision(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         out = self.model.get_image_features(pixel_values, return_dict=True)
         features = out.pooler_output[0]
-        kept = out.kept if isinstance(out, SelectedOutput) else torch.arange(features.shape[0])[None]
-        return features, kept.clone()
+        kept = out.kept if isinstance(out, SelectedOutput) else None
+        return features, torch.arange(features.shape[0])[None] if kept is None else kept.clone()
 
 
 class Decoder(nn.Module):

@@ -72,6 +72,14 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v
 
 
+def _scatter(past: Tensor, new: Tensor, row: Tensor) -> Tensor:
+    """Write `new` [1, heads, S, head_dim] into the cache from `row`, int64 [1]."""
+    attributes = {"axis": -2, "mode": "linear"}
+    return ops.symbolic(
+        "TensorScatter", (past, new, row), attributes, dtype=past.dtype, shape=past.shape, version=OPSET
+    )
+
+
 class Contrib:
     """Operators of ONNX Runtime."""
 
@@ -118,18 +126,13 @@ class Standard:
 
     def cached(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep) -> Tensor:
         write = torch.zeros(1, dtype=torch.int64) if step.prefill else step.length - 1
-        present = [
-            ops.symbolic(
-                "TensorScatter", (past, new, write), {"axis": -2, "mode": "linear"},
-                dtype=past.dtype, shape=past.shape, version=OPSET,
-            )  # fmt: skip
-            for past, new in zip(step.past[2 * layer : 2 * layer + 2], (k, v), strict=True)
-        ]
-        step.present += present
+        past_key, past_value = step.past[2 * layer : 2 * layer + 2]
+        key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)
+        step.present += [key, value]
         if step.prefill:  # the cache is empty before: the columns see each other
             return self._attention(q, k, v, scale, causal=True).transpose(1, 2)
-        slots = torch.arange(present[0].shape[2]).reshape(1, 1, 1, -1)
-        return self._attention(q, *present, scale, mask=slots < step.length.reshape(1, 1, 1, 1)).transpose(1, 2)
+        slots = torch.arange(key.shape[2]).reshape(1, 1, 1, -1)
+        return self._attention(q, key, value, scale, mask=slots < step.length.reshape(1, 1, 1, 1)).transpose(1, 2)
 
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, mask: Tensor | None = None, causal: bool = False
@@ -141,7 +144,6 @@ class Standard:
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         attributes = {"scale": scale, "is_causal": int(causal)}
         return ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)
-
 
     @staticmethod
     def _fused(q: Tensor) -> bool:
@@ -166,8 +168,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """RotaryEmbedding of q and k [B, heads, S, head_dim] with tables [B, S, head_dim], both halves alike."""
     half = cos.shape[-1] // 2
     tables = (cos[..., :half], sin[..., :half])
-    q, k = (ops.symbolic("RotaryEmbedding", (t, *tables), {}, dtype=t.dtype, shape=t.shape, version=OPSET) for t in (q, k))
-    return q, k
+
+    def rotate(x: Tensor) -> Tensor:
+        return ops.symbolic("RotaryEmbedding", (x, *tables), {}, dtype=x.dtype, shape=x.shape, version=OPSET)
+
+    return rotate(q), rotate(k)
 
 
 @contextmanager
@@ -186,7 +191,7 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
     configs = (parts.tower.config, parts.language.config)
     before = [c._attn_implementation for c in configs]
     norms = [m for m in parts.language.modules() if type(m).__name__.endswith("RMSNorm")]
-    modeling = sys.modules[type(parts.language).__module__]
+    modeling: Any = sys.modules[type(parts.language).__module__]
     original_rotary = modeling.apply_rotary_pos_emb
     ALL_ATTENTION_FUNCTIONS[_NAME] = attention
     try:

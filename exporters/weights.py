@@ -45,7 +45,7 @@ class WeightFile:
         return path
 
     def _add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
-        data = memoryview(np.ascontiguousarray(tensor.numpy())).cast("B")
+        data = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
         key = hashlib.sha256(data).hexdigest()
         if key not in self._ranges:
             self._file.write(b"\0" * (-self._file.tell() % _PAGE))

@@ -72,7 +72,8 @@ def read_questions(folder: Path) -> list[dict[str, str]]:
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
-            line["image"], line["question"]
+            if missing := {"image", "question"} - set(line):
+                raise KeyError(f"no {', '.join(sorted(missing))}")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise PassError(
                 f"`{path}` line {number}: {error}", hint='each line is {"image": …, "question": …, "answer": …}'
@@ -88,9 +89,7 @@ def observe(
     calibration: Calibration,
 ) -> None:
     """Run the calibration prompts and call `record(index, inputs, output)` for each of `modules`."""
-    hooks = [
-        m.register_forward_hook(lambda _, args, out, i=i: record(i, args, out)) for i, m in enumerate(modules)
-    ]
+    hooks = [m.register_forward_hook(lambda _, args, out, i=i: record(i, args, out)) for i, m in enumerate(modules)]
     keep = describe(model).keep
     try:
         with torch.no_grad():

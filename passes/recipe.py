@@ -84,8 +84,7 @@ class Recipe:
     def tables(self) -> list[dict[str, Any]]:
         """The recipe as plain data, one dict per pass, without keys that are unset."""
         return [
-            {"name": step.name}
-            | {k: _plain(v) for k, v in dataclasses.asdict(step).items() if v is not None}
+            {"name": step.name} | {k: _plain(v) for k, v in dataclasses.asdict(step).items() if v is not None}
             for step in self.passes
         ]
 

@@ -47,9 +47,7 @@ def full_prompt(bundle: Bundle, seed: int = 0) -> Prompt:
     return Prompt(ids[None], index[None], pixels, budget.images, budget.visual_tokens)
 
 
-def bench(
-    bundles: Sequence[Bundle], *, runs: int = 10, decode_tokens: int = 16, warmup: int = 2
-) -> list[Speed]:
+def bench(bundles: Sequence[Bundle], *, runs: int = 10, decode_tokens: int = 16, warmup: int = 2) -> list[Speed]:
     """Time bundles in turn, one run of each at a time.
 
     Args:

@@ -6,8 +6,10 @@ copied. Padding rows of a prompt write rows that decode overwrites before they c
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -15,6 +17,8 @@ import onnxruntime as ort
 from ..errors import BundleError, nearest
 from ..manifest import GraphInfo, Manifest, TokenBudget
 
+_state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no type stub
+_ORT_ERRORS = (_state.Fail, _state.InvalidGraph, _state.InvalidProtobuf, _state.NoSuchFile, _state.InvalidArgument)
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -35,7 +39,9 @@ def providers(provider: str) -> list[str]:
     return [name] if provider == "cpu" else [name, PROVIDERS["cpu"]]
 
 
-def open_session(path: Path, provider: str = "cpu", threads: int = 0, profile: Path | None = None) -> ort.InferenceSession:
+def open_session(
+    path: Path, provider: str = "cpu", threads: int = 0, profile: Path | None = None
+) -> ort.InferenceSession:
     """Open one graph.
 
     Args:
@@ -54,7 +60,7 @@ def open_session(path: Path, provider: str = "cpu", threads: int = 0, profile: P
     wanted = providers(provider)
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
-    except ort.capi.onnxruntime_pybind11_state.Fail as error:
+    except _ORT_ERRORS as error:
         raise BundleError(f"ONNX Runtime cannot load `{path.name}`: {error}", hint="convert the model again") from error
     if session.get_providers()[0] != wanted[0]:
         raise BundleError(

@@ -50,10 +50,10 @@ class Parts:
     """The live modules of a model, found once."""
 
     tower: Any
-    tower_layers: nn.ModuleList
+    tower_layers: Any  # ModuleList of encoder layers
     projector: nn.Module
     language: Any
-    language_layers: nn.ModuleList
+    language_layers: Any  # ModuleList of decoder layers
     selection: TokenSelection | None
 
 
@@ -62,7 +62,7 @@ def locate(model: Any) -> Parts:
     base = model.model
     wrapped = base.vision_tower
     selection = wrapped if isinstance(wrapped, TokenSelection) else None
-    tower = selection.wrapped if selection else wrapped
+    tower: Any = selection.wrapped if selection else wrapped
     return Parts(
         tower=tower,
         tower_layers=tower.encoder.layers,

@@ -70,9 +70,10 @@ def load(
         check_folder(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded, report = AutoModelForImageTextToText.from_pretrained(
+    made: Any = AutoModelForImageTextToText.from_pretrained(
         name, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
     )
+    loaded, report = made
     for key in ("missing_keys", "mismatched_keys"):
         if report[key]:
             first = sorted(map(str, report[key]))[0]

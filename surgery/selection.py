@@ -30,7 +30,10 @@ class TowerState:
 class Selector(Protocol):
     """Chooses tokens; composed in `passes/tokens`."""
 
-    method: str
+    @property
+    def method(self) -> str:
+        """Its name in the table of methods."""
+        ...
 
     def __call__(self, state: TowerState, keep: int) -> Tensor:
         """Ascending kept positions, int64 [images, keep]."""
@@ -58,6 +61,9 @@ class TokenSelection(nn.Module):
     Source: methods.md calls this hook h2; a per-token projector makes it equal to selecting after the projector.
     """
 
+    wrapped: Any
+    _projector: list[Callable[[Tensor], Tensor]]
+
     def __init__(self, tower: nn.Module, projector: nn.Module, selector: Selector, keep: int, has_cls: bool) -> None:
         super().__init__()
         self.wrapped = tower
@@ -69,14 +75,14 @@ class TokenSelection(nn.Module):
 
     def state(self, pixel_values: Tensor, **kwargs: Any) -> tuple[TowerState, Any]:
         """Run the tower and gather what a selector may look at. pixel_values: [images, 3, height, width]."""
-        last = len(self.wrapped.encoder.layers)  # type: ignore[union-attr]
+        last = len(self.wrapped.encoder.layers)
         out = self.wrapped(pixel_values, output_hidden_states=[last - 1, last], return_dict=True, **kwargs)
         features = out.hidden_states[last]
         return (
             TowerState(
                 patches=features[:, 1:] if self.has_cls else features,
                 block_input=out.hidden_states[last - 1],
-                block=self.wrapped.encoder.layers[last - 1],  # type: ignore[union-attr]
+                block=self.wrapped.encoder.layers[last - 1],
                 has_cls=self.has_cls,
                 project=self._projector[0],
             ),

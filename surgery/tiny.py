@@ -41,12 +41,12 @@ def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
     if kind not in _KINDS:
         raise ModelError(f"no tiny model `{kind}`", hint=nearest(kind, _KINDS))
     cls, vision, language = _KINDS[kind]
-    tokenizer = _tokenizer()
+    tokenizer: Any = _tokenizer()
     text = language(len(tokenizer))
     config = LlavaConfig(
         vision_config=vision(),
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(_IMAGE),
+        image_token_index=tokenizer.convert_tokens_to_ids(_IMAGE),
         vision_feature_layer=-2 if cls else -1,
         vision_feature_select_strategy="default" if cls else "full",
         tie_word_embeddings=text.tie_word_embeddings,

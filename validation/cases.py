@@ -42,8 +42,7 @@ class Case:
             "kept": self.kept,
             "tokens": self.tokens,
             **{
-                name: getattr(self, name).astype(np.float32)
-                for name in ("features", "prefill_logits", "decode_logits")
+                name: getattr(self, name).astype(np.float32) for name in ("features", "prefill_logits", "decode_logits")
             },
             **{f"cache_{i}": c.astype(np.float32) for i, c in enumerate(self.cache)},
         }
@@ -60,10 +59,8 @@ def read_case(path: Path) -> Case:
     """
     try:
         with np.load(path, allow_pickle=False) as data:
-            pixels = data["pixel_values"] if "pixel_values" in data else None
-            prompt = Prompt(
-                data["input_ids"], data["visual_index"], pixels, len(data["kept"]), int(data["per_image"])
-            )
+            pixels = data.get("pixel_values")
+            prompt = Prompt(data["input_ids"], data["visual_index"], pixels, len(data["kept"]), int(data["per_image"]))
             count = sum(name.startswith("cache_") for name in data.files)
             return Case(
                 prompt,

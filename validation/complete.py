@@ -31,9 +31,7 @@ def removed_weights(source: dict[str, tuple[int, ...]], model: Any) -> dict[str,
     """
     left = {name: tensor.numel() for name, tensor in state_dict(model).items()}
     return {
-        name: gone
-        for name, shape in sorted(source.items())
-        if (gone := int(np.prod(shape)) - left.get(name, 0)) > 0
+        name: gone for name, shape in sorted(source.items()) if (gone := int(np.prod(shape)) - left.get(name, 0)) > 0
     }
 
 

@@ -258,12 +258,10 @@ class _Kept:
     def note(self) -> str:
         if not self.other:
             return f"equal on {self.images} images"
-        return f"{self.other} of {self.images} images chose other tokens; max_abs is by how much their score falls short"
+        return f"other tokens on {self.other} of {self.images} images; max_abs: their score falls short by"
 
 
-def _compare_tokens(
-    verdict: Exactness, model: Any, graphs: Graphs, case: Case, name: str
-) -> list[tuple[float, str]]:
+def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, name: str) -> list[tuple[float, str]]:
     """Greedy tokens of the graphs, end to end from pixels, against the eager model in the same dtype.
 
     Returns:

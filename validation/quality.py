@@ -114,5 +114,3 @@ def table(by_model: dict[str, list[str]], questions: Sequence[Question]) -> dict
             for name, answers in by_model.items()
         },
     }
-
-

@@ -32,7 +32,8 @@ def rows_of(manifest: Manifest) -> list[ExactnessRow]:
 def line(row: ExactnessRow) -> str:
     """One row as text: graph, output, distance, floor, tolerance."""
     mark = "ok  " if row.ok else "FAIL"
-    text = f"{mark} {row.graph + '.' + row.output:<28} {row.max_abs:9.2e}  floor {row.floor:8.1e}  allowed {row.tolerance:8.1e}"
+    name = f"{row.graph}.{row.output}"
+    text = f"{mark} {name:<28} {row.max_abs:9.2e}  floor {row.floor:8.1e}  allowed {row.tolerance:8.1e}"
     return f"{text}  {row.note}" if row.note else text
 
 
@@ -85,20 +86,33 @@ def page(manifest: Manifest, rows: list[ExactnessRow]) -> str:
         _table(
             ["budget", "images", "tokens per image", "text", "new", "prompt columns", "cache rows"],
             [
-                [str(i), str(b.images), f"{b.visual_tokens} of {manifest.visual_tokens_full}", str(b.text_tokens),
-                 str(b.new_tokens), str(b.sequence), str(b.cache)]
+                [
+                    str(i),
+                    str(b.images),
+                    f"{b.visual_tokens} of {manifest.visual_tokens_full}",
+                    str(b.text_tokens),
+                    str(b.new_tokens),
+                    str(b.sequence),
+                    str(b.cache),
+                ]
                 for i, b in enumerate(manifest.budgets)
             ],
-        ),  # fmt: skip
+        ),
         "<h2>Exactness</h2>",
         _table(
             ["graph and output", "distance", "floor", "allowed", "verdict", "note"],
             [
-                [f"{r.graph}.{r.output}", f"{r.max_abs:.2e}", f"{r.floor:.1e}", f"{r.tolerance:.1e}",
-                 "ok" if r.ok else "FAIL", r.note]
+                [
+                    f"{r.graph}.{r.output}",
+                    f"{r.max_abs:.2e}",
+                    f"{r.floor:.1e}",
+                    f"{r.tolerance:.1e}",
+                    "ok" if r.ok else "FAIL",
+                    r.note,
+                ]
                 for r in rows
             ],
-        ),  # fmt: skip
+        ),
     ]
     if manifest.exactness.get("near_ties"):
         parts.append("<h2>Near ties</h2><ul>")
