@@ -36,9 +36,8 @@ CHAT_TEMPLATE = """\
 {%- if message['content'] is string -%}
 {{ (' ' if message['role'] == 'assistant' else '') + message['content'] }}
 {%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{ (' ' if message['role'] == 'assistant' else '') + part['text'] }}
+{%- for part in message['content'] -%}
+{{ '<image>\\n' if part['type'] == 'image' else (' ' if message['role'] == 'assistant' else '') + part['text'] }}
 {%- endfor -%}
 {%- endif -%}
 {%- if message['role'] == 'assistant' -%}{{ '</s>' }}{%- elif message['role'] == 'system' -%}{{ '\\n' }}{%- endif -%}
