@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vlmcut
 from hypothesis import settings
+from PIL import Image
 from vlmcut.pipeline import Request, convert
-from vlmcut.surgery.load import Loaded
+from vlmcut.prompt import Prompter
+from vlmcut.surgery.load import Loaded, describe
 
 torch.set_num_threads(1)
 # Examples are derived from the test alone, so that a failure repeats; timing is not what is tested.
@@ -67,3 +70,30 @@ def bundle_rtx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory, "rtx", prune=0.7, target="rtx", dtype="float16", defer_build=True,
         text_tokens=24, new_tokens=20,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Callable[[Loaded], dict[str, torch.Tensor]]:
+    """Inputs of a model: two seeded images, one of them inside the text, placeholders for the tokens it keeps."""
+
+    def inputs(loaded: Loaded) -> dict[str, torch.Tensor]:
+        a = describe(loaded.model)
+        rng = np.random.default_rng(7)
+        size = a.tower.image_size
+        images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(2)]
+        made = Prompter(loaded.processor, a.image_token_id, a.visual_tokens)(images, "Is the red <image> left?")
+        made = made.shrink(a.keep)
+        return {"input_ids": torch.from_numpy(made.input_ids), "pixel_values": torch.from_numpy(made.pixel_values)}
+
+    return inputs
+
+
+@pytest.fixture(scope="session")
+def logits(prompt: Callable[[Loaded], dict[str, torch.Tensor]]) -> Callable[[Loaded], torch.Tensor]:
+    """What a model answers to `prompt`: logits of every column, [1, columns, vocabulary]."""
+
+    def run(loaded: Loaded) -> torch.Tensor:
+        with torch.no_grad():
+            return loaded.model(**prompt(loaded)).logits
+
+    return run
