@@ -35,7 +35,7 @@ DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions r
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of method `random` and of the verification inputs.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub id brings.")]
 Images = Annotated[int, typer.Option("--images", help="Most images in one prompt.")]
@@ -67,7 +67,7 @@ def convert(
     quality: Annotated[
         Path | None, typer.Option("--quality", help="Images and questions.jsonl; MODEL/heldout if it is there.")
     ] = None,
-    questions: Annotated[int, typer.Option("--questions", help="How many of them; 0 for none.")] = 100,
+    questions: Annotated[int, typer.Option("--questions", min=0, help="How many of them; 0 for none.")] = 100,
     defer_build: Annotated[bool, typer.Option("--defer-build", help="Leave engines to `vlmcut build`.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; no weight is read.")] = False,
     seed: Seed = 0,
@@ -195,7 +195,7 @@ def verify(
     bundle: BundlePath,
     against: Annotated[str | None, typer.Option("--against", help="Source model: fresh inputs, needs torch.")] = None,
     provider: Provider = "cpu",
-    seed: Annotated[int, typer.Option("--seed", help="Of the fresh inputs.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the fresh inputs.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Check every file and every graph again, from the golden tensors or against the model. Exit 1 if one is off."""
@@ -222,7 +222,7 @@ def run(
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="At most the budget's.")] = None,
     keep: OneKeep = None,
     provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option("--threads", help="0 lets the runtime choose.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
 ) -> None:
     """Answer a question about pictures, streaming; needs no torch."""
     from vlmcut.runtime.bundle import Bundle
@@ -243,7 +243,7 @@ def bench(
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens decoded per run.")] = 16,
     keep: OneKeep = None,
     provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option("--threads", help="0 lets the runtime choose.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Time to first token by graph, decode speed and peak memory, medians of full-budget prompts."""
@@ -273,14 +273,15 @@ def overlay(
     keep: OneKeep = None,
 ) -> None:
     """Draw the tokens that reach the language model on the picture."""
-    from vlmcut.exporters.staging import refuse_existing
+    from vlmcut.exporters.staging import refuse_existing, staged_file
     from vlmcut.runtime.bundle import Bundle
     from vlmcut.runtime.overlay import overlay as draw
 
     refuse_existing(out)
     model = Bundle(bundle, keep=keep)
     drawing, kept = draw(model, image)
-    drawing.save(out, format="PNG")
+    with staged_file(out) as path:
+        drawing.save(path, format="PNG")
     print(f"{out}: {len(kept)} of {model.manifest.visual_tokens_full} tokens kept")
 
 
@@ -357,7 +358,7 @@ def _cuts(
     return {
         "model": model,
         "prune": prune,
-        "keep": tuple(_numbers("--keep", keep.split(","), int)) if keep else (),
+        "keep": () if keep is None else tuple(_numbers("--keep", keep.split(","), int)),
         "method": method,
         "drop_heads": _pairs("--drop-heads", drop_heads, float),
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
@@ -375,10 +376,12 @@ def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
 
 def _pairs(flag: str, text: str | None, kind: type) -> dict[str, Any]:
     found = {}
-    for item in (text or "").split(",") if text else []:
+    for item in [] if text is None else text.split(","):
         part, colon, number = item.partition(":")
         if not colon:
             raise typer.BadParameter(f"{flag} {text}: write part:number, for example vision:1")
+        if part in found:
+            raise typer.BadParameter(f"{flag} {text}: names {part} twice")
         found[part] = _numbers(flag, [number], kind)[0]
     return found
 

@@ -99,7 +99,10 @@ class Manifest:
 
     def graph(self, role: str, budget: int) -> GraphInfo:
         """The graph of `role` for the budget with index `budget`."""
-        return next(g for g in self.graphs.values() if g.role == role and g.budget == budget)
+        found = next((g for g in self.graphs.values() if g.role == role and g.budget == budget), None)
+        if found is None:
+            raise BundleError(f"the manifest has no {role} graph for budget {budget}", hint="convert the model again")
+        return found
 
     def save(self, folder: Path) -> None:
         data = asdict(self)
@@ -125,9 +128,10 @@ def read(folder: Path) -> Manifest:
                 hint="convert the model again with this version",
             )
         manifest = _from_json(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # bad JSON and bad UTF-8 are ValueErrors
         raise BundleError(f"`{path}` cannot be read: {error}", hint="copy the bundle again") from error
-    for name in [*manifest.files, *(g.file for g in manifest.graphs.values())]:
+    graphs = manifest.graphs.values()
+    for name in [*manifest.files, *(g.file for g in graphs), *(g.engine for g in graphs if g.engine)]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleError(f"`{path}` names `{name}`, which leaves the bundle", hint="do not use this bundle")
     return manifest
@@ -139,6 +143,7 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
         TokenBudget(**{k: v for k, v in b.items() if k not in ("sequence", "cache")}) for b in data["budgets"]
     )
     fields["graphs"] = {name: _graph(g) for name, g in data["graphs"].items()}
+    fields["files"] = {n: {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for n, f in data["files"].items()}
     fields["grid"] = tuple(data["grid"])
     fields["cache_shapes"] = tuple((int(h), int(d)) for h, d in data["cache_shapes"])
     return Manifest(**fields)

@@ -144,6 +144,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
+    flags = flags or request.method != Request.method  # the default is not a choice
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")

@@ -41,6 +41,7 @@ def build_bundle(path: Path, *, target: str | None = None, progress: Progress = 
     if (reason := engines.available(target)) is not None:
         raise ExportError(f"cannot build {target} engines: {reason}", hint="run `vlmcut build` on the device")
     stage = Path(tempfile.mkdtemp(prefix=".engines.partial-", dir=path))
+    done = False
     try:
         built = build_engines(manifest, path, progress, place=stage, target=target)
         place.parent.mkdir(exist_ok=True)
@@ -50,11 +51,15 @@ def build_bundle(path: Path, *, target: str | None = None, progress: Progress = 
         try:
             listed = seal(built, path, fresh)
             os.replace(fresh / MANIFEST, path / MANIFEST)
+            done = True
         finally:
             shutil.rmtree(fresh)
     finally:
-        if stage.exists():
-            shutil.rmtree(stage)
+        for left in [stage] if done else [stage, place]:
+            if left.exists():
+                shutil.rmtree(left)
+        if not done and place.parent.exists() and not any(place.parent.iterdir()):
+            place.parent.rmdir()
     return listed
 
 

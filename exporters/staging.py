@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ExportError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(out: Path) -> None:
@@ -35,23 +38,54 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         ExportError: `out` exists, or the disk is full.
     """
-    refuse_existing(out)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
-    try:
-        folder.chmod(0o755)
+    with _stage(out) as folder:
         yield folder
         refuse_existing(out)
         folder.rename(out)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+
+
+@contextmanager
+def staged_file(out: Path) -> Iterator[Path]:
+    """As `staged`, for one file: a path to write to."""
+    with _stage(out) as folder:
+        yield folder / out.name
+        refuse_existing(out)
+        (folder / out.name).rename(out)
+
+
+@contextmanager
+def _stage(out: Path) -> Iterator[Path]:
+    refuse_existing(out)
+    parent = out.absolute().parent
+    made = [p for p in (parent, *parent.parents) if not p.exists()]  # innermost first
+    folder = None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
+        folder.chmod(0o755)
+        yield folder
+    except Exception as error:
+        if not _is_full(error):
             raise
-        used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        free = shutil.disk_usage(folder).free
+        written = folder.rglob("*") if folder else ()
+        used = sum(p.stat().st_size for p in written if p.is_file())
+        free = shutil.disk_usage(next(p for p in (parent, *parent.parents) if p.exists())).free
         raise ExportError(
             f"no space left for `{out}`: {used:,} bytes written, {free:,} free",
             hint="free some space or choose another disk; nothing was left behind",
         ) from error
     finally:
-        if folder.exists():
+        if folder is not None and folder.exists():
             shutil.rmtree(folder)
+        if not out.exists():
+            for empty in made:
+                with suppress(OSError):  # somebody else has put something there
+                    empty.rmdir()
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of space; libraries written in Rust say so only in their message."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return code is not None and int(code[1]) in _FULL

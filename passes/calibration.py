@@ -19,6 +19,7 @@ from ..surgery.load import Loaded, describe
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _QUESTION = "Describe the image."
+_LINE = 'each line is {"image": …, "question": …, "answer": …}'
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,14 @@ def read_questions(folder: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
-            if missing := {"image", "question"} - set(line):
-                raise KeyError(f"no {', '.join(sorted(missing))}")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PassError(
-                f"`{path}` line {number}: {error}", hint='each line is {"image": …, "question": …, "answer": …}'
-            ) from error
+            fields = {k: line.get(k) for k in ("image", "question")}
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise PassError(f"`{path}` line {number} is not a JSON object: {error}", hint=_LINE) from error
+        if wrong := [k for k, v in fields.items() if not isinstance(v, str)]:
+            raise PassError(f"`{path}` line {number}: `{wrong[0]}` is {fields[wrong[0]]!r}, not a text", hint=_LINE)
         lines.append(line)
     return lines
 

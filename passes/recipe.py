@@ -28,6 +28,7 @@ from .drop_heads import DropHeads
 from .drop_layers import DropLayers
 from .prune_tokens import PruneTokens, kept_tokens
 from .quantize import SCHEMES, Quantize
+from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
 PASSES: dict[str, type[Pass]] = {p.name: p for p in (TrimTower, DropLayers, DropHeads, PruneTokens, Quantize)}
@@ -154,6 +155,8 @@ def from_flags(
     for flag, given in (("--drop-heads", heads), ("--drop-layers", layers)):
         if unknown := sorted(set(given) - set(PARTS)):
             raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
+    if method not in METHODS:
+        raise PassError(f"--method {method}: no such method", hint=nearest(method, METHODS))
     if prune is not None and keep is not None:
         raise PassError("--prune and --keep are both given", hint="give one of them")
     if prune is not None:

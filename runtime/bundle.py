@@ -68,7 +68,7 @@ class Bundle:
         if max_new_tokens is not None and not 1 <= max_new_tokens <= most:
             raise BundleError(
                 f"max_new_tokens={max_new_tokens}, the budget holds {most}",
-                hint=f"choose 1 to {most}, or convert again with --new-tokens {max_new_tokens}",
+                hint=f"choose 1 to {most}, or convert again with more --new-tokens",
             )
         ids, index = prompt.pad(self.budget)
         features, _ = self.see(prompt)
@@ -87,13 +87,15 @@ class Bundle:
         """The answer piece by piece, each as soon as it is decoded."""
         tokenizer = self.prompter.processor.tokenizer
         ids: list[int] = []
-        shown = ""
+        shown = text = ""
         for token in self.tokens(self.prompt(images, prompt), max_new_tokens):
             ids.append(token)
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("�"):  # half of a character so far
                 yield text[len(shown) :]
                 shown = text
+        if text != shown:  # it ended there
+            yield text[len(shown) :]
 
     def generate(
         self, images: Sequence[Image.Image | str | Path], prompt: str, max_new_tokens: int | None = None

@@ -18,7 +18,10 @@ from ..errors import BundleError, nearest
 from ..manifest import GraphInfo, Manifest, TokenBudget
 
 _state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no type stub
-_ORT_ERRORS = (_state.Fail, _state.InvalidGraph, _state.InvalidProtobuf, _state.NoSuchFile, _state.InvalidArgument)
+_ORT_ERRORS = (
+    _state.Fail, _state.InvalidArgument, _state.InvalidGraph, _state.InvalidProtobuf, _state.NoSuchFile,
+    _state.NotImplemented, _state.RuntimeException,
+)  # fmt: skip
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -70,6 +73,21 @@ def open_session(
     return session
 
 
+def _check_tensors(info: GraphInfo, session: ort.InferenceSession) -> None:
+    """Binding a name that a graph does not have fails late and obscurely, so names and shapes are compared first."""
+    for kind, want, have in (
+        ("inputs", info.inputs, session.get_inputs()),
+        ("outputs", info.outputs, session.get_outputs()),
+    ):
+        promised, found = {(t.name, t.shape) for t in want}, {(t.name, tuple(t.shape)) for t in have}
+        if promised != found:
+            raise BundleError(
+                f"`{info.file}` has {len(found)} {kind}, the manifest promises {len(promised)}; "
+                f"differing: {', '.join(sorted({name for name, _ in promised ^ found}))}",
+                hint="convert the model again",
+            )
+
+
 class Graphs:
     """The three graphs of one budget and their KV buffers.
 
@@ -89,6 +107,7 @@ class Graphs:
             info = manifest.graph(role, budget)
             self._sessions[role] = open_session(folder / info.file, provider, threads)
             self._info[role] = info
+            _check_tensors(info, self._sessions[role])
         self.dtype = np.dtype(manifest.dtype)
         self._cache = [
             ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, self.budget.cache, dim), self.dtype), provider, 0)
@@ -155,7 +174,3 @@ class Graphs:
 
     def _shape(self, role: str, name: str) -> tuple[int, ...]:
         return next(t.shape for t in self._info[role].inputs if t.name == name)
-
-    def outputs(self, role: str) -> set[str]:
-        """Names of the outputs that a graph really has."""
-        return {o.name for o in self._sessions[role].get_outputs()}

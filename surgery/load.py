@@ -66,7 +66,7 @@ def load(
         made, processor = tiny.make(name.removeprefix("tiny:"))
         return Loaded(made.to(dtype).eval(), processor, {"id": name, "revision": None, "files": {}})
     folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if _is_local(name):
         check_folder(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -93,6 +93,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """The config of an image-text-to-text model that a reader understands; no weight is touched."""
     if name.startswith("tiny:"):
         return tiny.make(name.removeprefix("tiny:"))[0].config
+    if _is_local(name):
+        _check_config(Path(name))
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -120,12 +122,12 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
 _MODEL_HINT = "give a Hugging Face folder (config.json, *.safetensors, processor), a hub id, or tiny:llava"
 
 
-def check_folder(folder: Path) -> None:
-    """Check a local folder before anything is loaded: config, every shard, every shard's length.
+def _is_local(name: str) -> bool:
+    """Whether a name is a path: only `owner/name` that is not here may be a hub id, so that a typo fetches nothing."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
-    Raises:
-        ModelError: naming the file and both numbers.
-    """
+
+def _check_config(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"`{folder}` is not a folder", hint=_MODEL_HINT)
     if not (folder / "config.json").is_file():
@@ -134,6 +136,15 @@ def check_folder(folder: Path) -> None:
         json.loads((folder / "config.json").read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"`{folder / 'config.json'}` is not JSON: {error}", hint="download it again") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Check a local folder before anything is loaded: config, every shard, every shard's length.
+
+    Raises:
+        ModelError: naming the file and both numbers.
+    """
+    _check_config(folder)
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BundleError
-from ..manifest import ExactnessRow, GraphInfo
+from ..manifest import ExactnessRow
 from ..prompt import Prompt
 from ..runtime.sessions import Graphs
 
@@ -103,11 +103,15 @@ def distances(graphs: Graphs, case: Case) -> Distances:
 
 def _cache_distance(graph: str, have: Sequence[np.ndarray], want: Sequence[np.ndarray], rows: slice) -> Distances:
     return {
-        (graph, f"present_{kind}"): max(
-            _distance(h[0, :, rows], w[:, rows]) for h, w in zip(have[start::2], want[start::2], strict=True)
+        (graph, f"present_{kind}"): _largest(
+            [_distance(h[0, :, rows], w[:, rows]) for h, w in zip(have[start::2], want[start::2], strict=True)]
         )
         for start, kind in enumerate(("key", "value"))
     }
+
+
+def _largest(values: Sequence[float]) -> float:
+    return float(np.max(values))  # unlike the built-in, NaN wins wherever it stands
 
 
 def _distance(have: np.ndarray, want: np.ndarray) -> float:
@@ -119,24 +123,7 @@ def _distance(have: np.ndarray, want: np.ndarray) -> float:
 def worst(found: Sequence[Distances]) -> Distances:
     """The largest distance of each output over all cases; NaN wins."""
     keys = {key for one in found for key in one}
-    return {key: float(np.max([one[key] for one in found if key in one])) for key in sorted(keys)}
-
-
-def check_outputs(infos: Sequence[GraphInfo], graphs: Graphs) -> None:
-    """Compare the outputs that the graphs have with those the manifest promises, by name.
-
-    Raises:
-        BundleError: a missing or an extra output.
-    """
-    for info in infos:
-        want = {t.name for t in info.outputs}
-        have = graphs.outputs(info.role)
-        if want != have:
-            raise BundleError(
-                f"`{info.file}` gives {len(have)} outputs, the manifest promises {len(want)}; "
-                f"differing: {', '.join(sorted(want ^ have))}",
-                hint="convert the model again",
-            )
+    return {key: _largest([one[key] for one in found if key in one]) for key in sorted(keys)}
 
 
 def judge(found: Distances, rows: Sequence[ExactnessRow]) -> list[ExactnessRow]:

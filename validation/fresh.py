@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ..errors import BundleError
 from ..exporters.graphs import keeping
 from ..manifest import ExactnessRow, Manifest
 from ..passes import folder as cut_folder
@@ -26,6 +28,13 @@ def verify_fresh(
         recipes.from_tables(manifest.recipe, "the bundle's recipe").apply(loaded.model, None)
     model = loaded.model.to(getattr(torch, manifest.dtype))
     a = describe(model)
+    made, stored = json.loads(json.dumps(a.to_json())), manifest.anatomy
+    if other := sorted(k for k, v in made.items() if v != stored.get(k)):
+        raise BundleError(
+            f"`{against}` is not the model of this bundle: its {other[0]} is {made[other[0]]}, the bundle's is "
+            f"{stored.get(other[0])}",
+            hint=f"the bundle was made from `{manifest.source.get('id')}`",
+        )
     rows: list[ExactnessRow] = []
     for index, budget in enumerate(manifest.budgets):
         progress(f"fresh inputs for the budget that keeps {budget.visual_tokens} tokens")

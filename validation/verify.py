@@ -52,7 +52,6 @@ def verify(
         progress(f"running the golden tensors of the budget that keeps {budget.visual_tokens} tokens")
         prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
         graphs = Graphs(folder, manifest, index, provider=provider)
-        cases.check_outputs([g for g in manifest.graphs.values() if g.budget == index], graphs)
         case = cases.read_case(folder / "golden" / f"{budget.visual_tokens}.npz")
         mine = [
             dataclasses.replace(row, graph=row.graph.removeprefix(prefix), note="")
