@@ -58,6 +58,8 @@ class DropHeads(Pass):
         check_part(self.name, self.part)
         heads = self._heads(a)
         kind = "heads" if self.part == "vision" else "KV heads"
+        if self.part in a.quantized:  # its scales, one per row, would not follow
+            raise PassError(f"{self.name}: {self.part} is int8 already", hint="put quantize last")
         if not 0 <= self.fraction < 1:
             raise PassError(
                 f"{self.name}: fraction={self.fraction} of the {self.part} heads", hint="choose 0 <= fraction < 1"

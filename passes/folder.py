@@ -50,7 +50,8 @@ def load(
     recipe = recipes.read(folder / RECIPE).apply(skeleton, None)
     weights = load_file(folder / "model.safetensors")
     wanted = surgery.state_dict(skeleton)
-    if left := sorted(set(wanted) ^ set(weights)):
+    shapes = [{(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (wanted, weights)]
+    if left := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
         raise ModelError(f"`{folder}`: {len(left)} weights do not fit the recipe, first `{left[0]}`", hint="cut again")
     names = {surgery.plain_name(name): name for name in skeleton.state_dict()}
     skeleton.load_state_dict({names[n]: t for n, t in weights.items()}, strict=False, assign=True)

@@ -1,0 +1,270 @@
+"""Recipes: what goes in comes out, nothing unknown goes in, and flags mean what they say."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import vlmcut
+from hypothesis import given
+from hypothesis import strategies as st
+from vlmcut.errors import PassError
+from vlmcut.passes import recipe
+from vlmcut.passes.base import PARTS, Pass
+from vlmcut.passes.drop_heads import DropHeads
+from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.prune_tokens import PruneTokens
+from vlmcut.passes.quantize import Quantize
+from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
+from vlmcut.passes.tokens.methods import METHODS
+from vlmcut.passes.trim_tower import TrimTower
+from vlmcut.surgery.load import describe
+
+ROOM = Path(recipe.__file__).parent
+
+indices = st.lists(st.integers(0, 30), max_size=5, unique=True).map(lambda v: tuple(sorted(v)))
+PASS = st.one_of(
+    st.builds(
+        DropHeads,
+        part=st.sampled_from(PARTS),
+        fraction=st.floats(0, 0.99),
+        keep=st.none() | st.lists(indices, max_size=3).map(tuple),
+    ),
+    st.builds(DropLayers, part=st.sampled_from(PARTS), count=st.integers(1, 40), drop=st.none() | indices),
+    st.builds(
+        PruneTokens, keep=st.integers(1, 3000), method=st.sampled_from(list(METHODS)), seed=st.integers(0, 2**31)
+    ),
+    st.builds(Quantize, parts=st.lists(st.sampled_from(PARTS), max_size=2, unique=True).map(tuple)),
+)
+
+
+@given(st.lists(PASS, max_size=6))
+def test_toml_round_trip(passes: list[Pass]) -> None:
+    made = make(passes)
+    assert parse(made.to_toml()) == made
+    assert recipe.from_tables(made.tables()) == made
+    assert parse(made.to_toml()).to_toml() == made.to_toml()
+
+
+@given(st.text(max_size=20))
+def test_strings_survive_toml(text: str) -> None:
+    """A name that is not a method is refused by `plan`, not garbled by the writer."""
+    made = make([PruneTokens(keep=1, method=text)])
+    assert parse(made.to_toml()) == made
+
+
+def test_every_pass_in_the_folder_is_in_the_table() -> None:
+    found = set()
+    for path in ROOM.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            bases = [b.id for b in getattr(node, "bases", []) if isinstance(b, ast.Name)]
+            if isinstance(node, ast.ClassDef) and "Pass" in bases:
+                found.add(getattr(importlib.import_module(f"vlmcut.passes.{path.stem}"), node.name))
+    assert found == set(PASSES.values()) and len(found) >= 5
+    for name, kind in PASSES.items():
+        assert kind.name == name and kind.summary and kind.source
+        assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
+
+
+def test_trim_tower_is_always_first() -> None:
+    steps = [PruneTokens(keep=4), TrimTower(), Quantize()]
+    assert make(steps) == Recipe((TrimTower(), PruneTokens(keep=4), Quantize()))
+    assert parse("") == Recipe((TrimTower(),))
+    assert [t["name"] for t in parse('[[pass]]\nname = "quantize"\n').tables()] == ["trim-tower", "quantize"]
+
+
+BAD = [
+    ("[[pass]", "not TOML", "docs/recipes.md"),
+    ("passes = 3", "unknown key `passes`", "[[pass]]"),
+    ('[pass]\nname = "quantize"', "`pass` is one table", "two brackets"),
+    ("[[pass]]\nkeep = 3", "pass 1: a pass needs a `name`", "prune-tokens"),
+    ("pass = [3]", "pass 1: a pass needs a `name`", "prune-tokens"),
+    ('[[pass]]\nname = "prune-token"\nkeep = 3', "pass 1: no pass `prune-token`", "did you mean `prune-tokens`?"),
+    ('[[pass]]\nname = "drop-head"', "no pass `drop-head`", "did you mean `drop-heads`?"),
+    ('[[pass]]\nname = "zzz"', "no pass `zzz`", "known: drop-heads, drop-layers, prune-tokens, quantize, trim-tower"),
+    ("[[pass]]\nname = 3", "no pass `3`", "known"),
+    ('[[pass]]\nname = "trim-tower"\nx = 1', "unknown key `x`", None),
+    ('[[pass]]\nname = "prune-tokens"\nkep = 3', "`prune-tokens`: unknown key `kep`", "did you mean `keep`?"),
+    ('[[pass]]\nname = "prune-tokens"', "`keep` is not set", "it needs: keep"),
+    ('[[pass]]\nname = "drop-layers"\npart = "vision"', "`count` is not set", "it needs: part, count"),
+    ('[[pass]]\nname = "prune-tokens"\nkeep = "3"', "keep = '3' is not of type int", "docs/recipes.md"),
+    ('[[pass]]\nname = "prune-tokens"\nkeep = 3.0', "keep = 3.0 is not of type int", "docs/recipes.md"),
+    ('[[pass]]\nname = "prune-tokens"\nkeep = true', "keep = True is not of type int", "docs/recipes.md"),
+    ('[[pass]]\nname = "prune-tokens"\nkeep = 3\nmethod = 1', "method = 1 is not of type str", "docs/recipes.md"),
+    ('[[pass]]\nname = "drop-heads"\npart = "vision"\nfraction = "x"', "fraction = 'x' is not of type float", "docs"),
+    ('[[pass]]\nname = "drop-heads"\npart = "vision"\nfraction = true', "fraction = True is not of type float", "docs"),
+    ('[[pass]]\nname = "drop-layers"\npart = "vision"\ncount = 1\ndrop = 2', "drop = 2 is not of type list", "docs"),
+    (
+        '[[pass]]\nname = "drop-layers"\npart = "vision"\ncount = 1\ndrop = ["a"]',
+        "drop = 'a' is not of type int",
+        "docs",
+    ),
+    ('[[pass]]\nname = "quantize"\nparts = "vision"', "parts = 'vision' is not of type list", "docs"),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "hint"), BAD)
+def test_a_bad_recipe_is_named(text: str, message: str, hint: str | None) -> None:
+    with pytest.raises(PassError) as caught:
+        parse(text)
+    assert message in str(caught.value)
+    assert caught.value.hint is None if hint is None else hint in (caught.value.hint or "")
+
+
+def test_an_integer_is_a_float_where_one_is_wanted() -> None:
+    made = parse('[[pass]]\nname = "drop-heads"\npart = "vision"\nfraction = 0')
+    assert made.passes[1] == DropHeads(part="vision", fraction=0.0) and "fraction = 0.0" in made.to_toml()
+
+
+def test_the_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    with pytest.raises(PassError, match=r"r\.toml` cannot be read"):
+        recipe.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(PassError, match=r"r\.toml` cannot be read"):
+        recipe.read(path)
+    path.write_text('[[pass]]\nname = "x"')
+    with pytest.raises(PassError, match=r"r.toml`, pass 1: no pass `x`"):
+        recipe.read(path)
+    path.write_text(make([PruneTokens(keep=3)]).to_toml())
+    assert recipe.read(path) == make([PruneTokens(keep=3)])
+
+
+def test_flags_become_a_recipe_in_order(tiny) -> None:
+    a = describe(tiny("llava").model)
+    made = from_flags(
+        a, prune=0.75, method="divprune", drop_heads={"language": 0.3, "vision": 0.5},
+        drop_layers={"language": 1, "vision": 2}, quantize="int8", seed=4,
+    )  # fmt: skip
+    assert made.passes == (
+        TrimTower(),
+        DropLayers(part="vision", count=2),
+        DropHeads(part="vision", fraction=0.5),
+        PruneTokens(keep=4, method="divprune", seed=4),
+        DropLayers(part="language", count=1),
+        DropHeads(part="language", fraction=0.3),
+        Quantize(),
+    )
+    assert from_flags(a).passes == (TrimTower(),)
+    assert from_flags(a, keep=5).passes[1] == PruneTokens(keep=5)
+    # Neutral flags add no pass.
+    assert from_flags(a, prune=0.0, drop_heads={"vision": 0.0}, drop_layers={"vision": 0}).passes == (TrimTower(),)
+    assert from_flags(a, keep=16).passes == (TrimTower(),)
+
+
+FLAGS = [
+    ({"prune": 1.0}, "--prune 1 ", "0 <= R < 1"),
+    ({"prune": -0.1}, "--prune -0.1 ", "0 <= R < 1"),
+    ({"prune": 75}, "--prune 75 ", "0.75"),
+    ({"prune": float("nan")}, "--prune nan ", "0 <= R < 1"),
+    ({"prune": 0.5, "keep": 4}, "--prune and --keep", "one of them"),
+    ({"drop_heads": {"visoin": 0.5}}, "--drop-heads: no part `visoin`", "did you mean `vision`?"),
+    ({"drop_layers": {"lang": 1}}, "--drop-layers: no part `lang`", "language"),
+    ({"method": "divprun"}, "--method divprun", "did you mean `divprune`?"),
+    ({"quantize": "int9"}, "--quantize int9: unknown scheme", "did you mean `int8`?"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message", "hint"), FLAGS)
+def test_wrong_flags_are_refused(tiny, flags: dict, message: str, hint: str) -> None:
+    with pytest.raises(PassError) as caught:
+        from_flags(describe(tiny("llava").model), **flags)
+    assert message in str(caught.value) and hint in (caught.value.hint or "")
+
+
+def test_too_many_tokens_names_both_numbers(tiny) -> None:
+    a = describe(tiny("llava").model)
+    with pytest.raises(PassError, match=r"keep=17.*16") as caught:
+        from_flags(a, keep=17).plan(a)
+    assert caught.value.hint == "choose 1 to 16"
+
+
+# Every refusal of every pass: the pass, and what its message and hint must hold.
+REFUSALS: list[tuple[Pass, str, str]] = [
+    (PruneTokens(keep=0), "keep=0, but `llava` makes 16", "choose 1 to 16"),
+    (PruneTokens(keep=17), "keep=17, but `llava` makes 16", "choose 1 to 16"),
+    (PruneTokens(keep=-3), "keep=-3", "choose 1 to 16"),
+    (PruneTokens(keep=3, method="fastvlm"), "no method `fastvlm`", "did you mean `fastervlm`?"),
+    (DropLayers(part="sight", count=1), "part='sight'", "`vision` or `language`"),
+    (DropLayers(part="vision", count=0), "count=0, but vision has 4 layers of which 3 can go", "choose 1 to 3"),
+    (DropLayers(part="vision", count=4), "count=4, but vision has 4 layers of which 3 can go", "choose 1 to 3"),
+    (DropLayers(part="vision", count=-1), "count=-1", "choose 1 to 3"),
+    (DropLayers(part="language", count=3), "count=3, but language has 3 layers of which 2 can go", "choose 1 to 2"),
+    (
+        DropLayers(part="vision", count=1, drop=(3,)),
+        "drop=[3] must be 1 different layers of 0 to 2",
+        "leave `drop` out",
+    ),
+    (DropLayers(part="vision", count=2, drop=(1,)), "drop=[1] must be 2 different", "leave `drop` out"),
+    (DropLayers(part="vision", count=2, drop=(1, 1)), "drop=[1, 1] must be 2 different", "leave `drop` out"),
+    (DropLayers(part="language", count=1, drop=(-1,)), "drop=[-1]", "leave `drop` out"),
+    (DropHeads(part="audio", fraction=0.5), "part='audio'", "`vision` or `language`"),
+    (DropHeads(part="vision", fraction=1.0), "fraction=1.0 of the vision heads", "0 <= fraction < 1"),
+    (DropHeads(part="vision", fraction=-0.5), "fraction=-0.5", "0 <= fraction < 1"),
+    (DropHeads(part="vision", fraction=0.9), "fraction=0.9 leaves 0 of 2 vision heads", "at most 0.50"),
+    (DropHeads(part="language", fraction=0.9), "leaves 0 of 3 language KV heads", "at most 0.67"),
+    (DropHeads(part="vision", fraction=0.5, keep=((0,),)), "keep lists [1] heads per layer", "leave `keep` out"),
+    (DropHeads(part="vision", fraction=0.5, keep=((0, 1),) * 4), "leaves [1, 1, 1, 1]", "leave `keep` out"),
+    (DropHeads(part="vision", fraction=0.5, keep=((2,),) * 4), "of [2, 2, 2, 2]", "leave `keep` out"),
+    (DropHeads(part="language", fraction=0.34, keep=((0, 0),) * 3), "keep lists [2, 2, 2] KV heads", "leave `keep`"),
+    (Quantize(scheme="int7"), "no scheme `int7`", "did you mean `int8`?"),
+    (Quantize(parts=("vision", "ears")), "part='ears'", "`vision` or `language`"),
+]
+
+
+@pytest.mark.parametrize(("step", "message", "hint"), REFUSALS, ids=lambda v: repr(v) if isinstance(v, Pass) else "")
+def test_plan_refuses(tiny, step: Pass, message: str, hint: str) -> None:
+    a = TrimTower().plan(describe(tiny("llava").model))
+    with pytest.raises(PassError) as caught:
+        step.plan(a)
+    assert message in str(caught.value) and hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (PruneTokens(keep=3), "already keeps 3 of 16 tokens by `fastervlm`"),
+        (Quantize(), "vision is int8 already"),
+        (Quantize(parts=("language",)), "language is int8 already"),
+    ],
+)
+def test_a_pass_that_cannot_come_twice(tiny, step: Pass, message: str) -> None:
+    a = describe(tiny("llava").model)
+    with pytest.raises(PassError) as caught:
+        make([step, step]).plan(a)
+    assert message in str(caught.value) and caught.value.hint
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_heads_cannot_leave_an_int8_linear(tiny, part: str) -> None:
+    """Its scales would keep their length; refused, so that quantize comes last."""
+    a = describe(tiny("llava").model)
+    with pytest.raises(PassError, match=f"{part} is int8 already") as caught:
+        make([Quantize(parts=(part,)), DropHeads(part=part, fraction=0.5)]).plan(a)
+    assert caught.value.hint == "put quantize last"
+
+
+def test_layers_and_tokens_can_leave_an_int8_model(tiny, logits) -> None:
+    """Whole layers and rows do not touch a scale: the order does not matter, to the bit."""
+    cuts = [DropLayers(part="vision", count=1, drop=(1,)), PruneTokens(keep=5)]
+    one, other = tiny("llava"), tiny("llava")
+    make([Quantize(), *cuts]).apply(one.model, None)
+    make([*cuts, Quantize()]).apply(other.model, None)
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_a_refusal_edits_nothing(tiny) -> None:
+    """The whole recipe is planned before the first pass is applied."""
+    loaded = tiny("llava")
+    before = describe(loaded.model)
+    with pytest.raises(PassError):
+        make([PruneTokens(keep=3), DropLayers(part="language", count=9)]).apply(loaded.model, None)
+    assert describe(loaded.model) == before
+
+
+def test_names_are_importable() -> None:
+    assert vlmcut.load is importlib.import_module("vlmcut.passes.folder").load
