@@ -28,7 +28,6 @@ MEAN = STD = 0.5  # of the pictures' normalisation, for every channel
 FEATURE_LAYER = -2
 PREFIX = f"USER: {IMAGE * TOKENS}\n"  # what the processor puts before the question (after BOS)
 TURN = " ASSISTANT:"  # what it puts after it
-# Each message's pictures come first, then its text, whatever their order in the message.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}{{ ' ASSISTANT:' }}
