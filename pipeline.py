@@ -230,15 +230,16 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     loaded = cut_folder.load(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
     questions = quality.read_set(loaded, questions_folder, request.questions) if questions_folder else []
     answers: dict[str, list[str]] = {}
+    most = min(quality.ANSWER, request.new_tokens)  # a bundle cannot say more, so no model may
     if questions:
         progress(f"answering {len(questions)} questions with the original model")
-        answers["original"] = quality.eager_answers(loaded, questions)
+        answers["original"] = quality.eager_answers(loaded, questions, most)
     _, recipe, notes = _apply(request, planned, loaded, progress)
     model = loaded.model.to(DTYPES[request.dtype])
     if questions:
         progress("answering with the cut model")
         with keeping(model, planned.budgets[0].visual_tokens):
-            answers["cut eager"] = quality.eager_answers(loaded, questions)
+            answers["cut eager"] = quality.eager_answers(loaded, questions, most)
     with staged(out) as folder:
         graphs = write_graphs(
             model, planned.budgets, Contrib() if request.target == "onnx" else Standard(), folder, progress

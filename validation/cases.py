@@ -7,6 +7,8 @@ float64, wherever it is compared.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,7 @@ def read_case(path: Path) -> Case:
                 data["tokens"],
                 data["decode_logits"],
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"`{path}` cannot be read: {error}", hint="copy the bundle again") from error
 
 

@@ -20,6 +20,7 @@ from ..prompt import Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
 
+ANSWER = 48  # tokens, at most
 _BATCH = 32
 
 
@@ -55,7 +56,7 @@ def read_set(loaded: Loaded, folder: Path, limit: int | None = None) -> list[Que
     ]
 
 
-def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int = 48) -> list[str]:
+def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
     """Greedy answers of the eager model, in batches of prompts of equal length (padding would move int8 scales)."""
     keep = describe(loaded.model).keep
     shrunk = [q.prompt.shrink(keep) for q in questions]
@@ -87,7 +88,7 @@ def _generate(loaded: Loaded, prompts: Sequence[Prompt], new_tokens: int) -> lis
     return [t.strip() for t in texts]
 
 
-def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: int = 48) -> list[str]:
+def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
     """Greedy answers of a bundle."""
     tokenizer = bundle.prompter.processor.tokenizer
     most = min(new_tokens, bundle.budget.new_tokens)

@@ -1,0 +1,287 @@
+"""Requests that are refused before anything is written: numbers, names, recipes, models, places, data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONVERT = ("convert", "tiny:llava", "-o", "out")
+Refuses = Callable[..., Any]
+
+# tiny:llava: 16 visual tokens per image, 2 vision heads, 4 live tower layers, 3 language layers, 512 positions.
+FLAGS = {
+    "--prune 1.0": ("--prune 1 ", "0 <= R < 1"),
+    "--prune -0.1": ("--prune -0.1", "0 <= R < 1"),
+    "--prune 1.5": ("--prune 1.5", "0 <= R < 1"),
+    "--prune nan": ("--prune nan", "0 <= R < 1"),
+    "--keep 0": ("--keep 0", "16 visual tokens", "choose 1 to 16"),
+    "--keep 17": ("--keep 17", "16 visual tokens"),
+    "--keep 5,17": ("--keep 17", "16 visual tokens"),
+    "--keep 5,5": ("--keep 5,5", "twice"),
+    "--keep 5 --prune 0.5": ("--prune and --keep",),
+    "--prune 0.5 --method fastvlm": ("fastvlm", "did you mean `fastervlm`?"),
+    "--method divprun": ("divprun", "did you mean `divprune`?"),
+    "--target rtxx": ("rtxx", "did you mean `rtx`?"),
+    "--dtype float61": ("float61", "did you mean `float16`?"),
+    "--quantize int9": ("int9", "did you mean `int8`?"),
+    "--drop-heads vison:0.5": ("vison", "did you mean `vision`?"),
+    "--drop-heads vision:0.9": ("0.9", "leaves 0 of 2 vision heads", "choose at most 0.50"),
+    "--drop-heads vision:-0.5": ("-0.5", "0 <= fraction < 1"),
+    "--drop-layers vision:9": ("count=9", "4 layers of which 3 can go", "choose 1 to 3"),
+    "--drop-layers language:3": ("count=3", "3 layers of which 2 can go"),
+    "--drop-layers tower:1": ("tower", "known: language, vision"),
+    "--images 0": ("--images 0", "choose 1 or more"),
+    "--text-tokens 7": ("--text-tokens 7", "choose 8 or more"),
+    "--new-tokens 1": ("--new-tokens 1", "choose 2 or more"),
+    "--images 20 --prune 0": ("20 images of 16", "make 576 positions", "512"),
+    "--prune 0.7 --text-tokens 500": ("1 images of 5", "make 633 positions", "512"),
+    "--quantize int8 --target rtx --defer-build": ("int8", "--target rtx", "--target onnx"),
+    "--quantize int8 --dtype float16": ("int8", "--dtype float16", "--dtype float32"),
+    "--quality nowhere": ("nowhere", "questions.jsonl"),
+    "--recipe nowhere.toml": ("nowhere.toml", "No such file"),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flag_is_refused_with_both_numbers(flags: str, refuses: Refuses) -> None:
+    result = refuses(*CONVERT, *flags.split(), says=FLAGS[flags])
+    assert "loading" not in result.err  # no work was done
+
+
+USAGE = {
+    "--prune abc": "--prune",
+    "--keep x": "--keep x",
+    "--keep 5,": "--keep 5,",
+    "--keep=": "--keep",
+    "--drop-heads nonsense": "part:number",
+    "--drop-heads vision:x": "--drop-heads x",
+    "--drop-heads vision:0.5,vision:0.5": "twice",
+    "--drop-heads=": "part:number",
+    "--drop-layers vision:1.5": "--drop-layers 1.5",
+    "--seed -1": "--seed",
+    "--questions -1": "--questions",
+    "--images many": "--images",
+    "--nonsense": "--nonsense",
+}
+
+
+@pytest.mark.parametrize("flags", USAGE)
+def test_wrong_usage(flags: str, refuses: Refuses) -> None:
+    refuses(*CONVERT, *flags.split(), code=2, says=(USAGE[flags],))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("convert", "tiny:llava"), "-o OUT"),
+        (("convert",), "Missing argument"),
+        (("cut", "tiny:llava"), "--out"),
+        (("cut", "tiny:llava", "-o", "out", "--keep", "5,6"), "one --keep"),
+        (("bench", "bundle", "--runs", "0"), "--runs"),
+        (("run", "bundle"), "--prompt"),
+        (("run", "bundle", "-p", "x", "--threads", "-1"), "--threads"),
+        (("verify", "bundle", "--seed", "-1"), "--seed"),
+        (("nonsense",), "nonsense"),
+    ],
+)
+def test_wrong_usage_of_other_verbs(args: tuple[str, ...], says: str, refuses: Refuses) -> None:
+    refuses(*args, code=2, says=(says,))
+
+
+RECIPES = {
+    "not TOML": ("[[pass", ("is not TOML",)),
+    "not text": (b"\xff\xfe\x00", ("cannot be read",)),
+    "no list": ('[pass]\nname = "trim-tower"', ("[[pass]], with two brackets",)),
+    "unknown pass": ('[[pass]]\nname = "prune-token"', ("pass 1", "did you mean `prune-tokens`?")),
+    "unknown key": ('[[pass]]\nname = "prune-tokens"\nkeeps = 5', ("keeps", "did you mean `keep`?")),
+    "unknown top key": ("passes = 1", ("unknown key `passes`",)),
+    "no name": ("[[pass]]\nkeep = 5", ("needs a `name`",)),
+    "no keep": ('[[pass]]\nname = "prune-tokens"', ("`keep` is not set",)),
+    "wrong type": ('[[pass]]\nname = "prune-tokens"\nkeep = "5"', ("keep = '5'", "int")),
+    "too many": ('[[pass]]\nname = "prune-tokens"\nkeep = 17', ("keep=17", "16 visual tokens")),
+    "unknown method": ('[[pass]]\nname = "prune-tokens"\nkeep = 5\nmethod = "unifrm"', ("did you mean `uniform`?",)),
+    "twice": ('[[pass]]\nname = "prune-tokens"\nkeep = 5\n' * 2, ("already keeps 5 of 16",)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
+    text, says = RECIPES[name]
+    (tmp_path / "r.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refuses(*CONVERT, "--recipe", "r.toml", says=says)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--prune 0.5", "--keep 5", "--quantize int8", "--drop-layers vision:1", "--method random"]
+)
+def test_recipe_and_cutting_flag(flag: str, refuses: Refuses, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('[[pass]]\nname = "trim-tower"\n')
+    refuses(*CONVERT, "--recipe", "r.toml", *flag.split(), says=("both given",))
+
+
+# --- models ---
+
+
+def test_misspelt_model_is_not_looked_up_on_the_hub(refuses: Refuses) -> None:
+    refuses("convert", "tiny:lava", "-o", "out", says=("did you mean `llava`?",))
+    for name in ("nowhere", "./nowhere", "no/where/at-all"):
+        refuses("convert", name, "-o", "out", says=("is not a folder", "config.json"))
+
+
+CONFIGS = {
+    "no config": (None, "no config.json"),
+    "not JSON": ("{", "is not JSON"),
+    "a list": ("[1]", "config.json"),
+    "no type": ("{}", "config.json"),
+    "text only": ('{"model_type": "llama"}', "text-only"),
+    "no reader": ('{"model_type": "qwen2_5_vl"}', "no reader"),
+    "unknown": ('{"model_type": "nonsense"}', "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
+    text, says = CONFIGS[name]
+    (tmp_path / "model").mkdir()
+    if text is not None:
+        (tmp_path / "model" / "config.json").write_text(text)
+    for verb in (("convert", "model", "-o", "out"), ("inspect", "model")):
+        refuses(*verb, says=(says,))
+
+
+def test_missing_shard(refuses: Refuses, saved: Path, copied: Callable[[Path], Path]) -> None:
+    model = copied(saved)
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.unlink()
+    refuses("convert", model, "-o", "out", says=("1 of ", shard.name))
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_truncated_shard(left: int, refuses: Refuses, saved: Path, copied: Callable[[Path], Path]) -> None:
+    model = copied(saved)
+    shard = sorted(model.glob("*.safetensors"))[0]
+    size = shard.stat().st_size
+    short = left if left >= 0 else size + left
+    os.truncate(shard, short)
+    refuses("convert", model, "-o", "out", says=(shard.name, f"{short:,} bytes"))
+
+
+def test_shard_of_garbage(refuses: Refuses, saved: Path, copied: Callable[[Path], Path]) -> None:
+    model = copied(saved)
+    shard = sorted(model.glob("*.safetensors"))[0]
+    shard.write_bytes((100).to_bytes(8, "little") + b"\xff" * (shard.stat().st_size - 8))
+    refuses("convert", model, "-o", "out", says=(shard.name, "not a safetensors file"))
+
+
+def test_missing_weight_is_not_made_up(refuses: Refuses, saved: Path, copied: Callable[[Path], Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = copied(saved)
+    for shard in model.glob("*.safetensors"):
+        weights = load_file(shard)
+        name = next((n for n in weights if n.endswith("linear_1.bias")), None)
+        if name is not None:
+            del weights[name]
+            save_file(weights, shard, metadata={"format": "pt"})
+    refuses("convert", model, "-o", "out", says=("1 weights are missing", "linear_1.bias"))
+
+
+def test_missing_processor(refuses: Refuses, saved: Path, copied: Callable[[Path], Path]) -> None:
+    model = copied(saved)
+    for path in model.glob("*processor*"):
+        path.unlink()
+    refuses("convert", model, "-o", "out", says=("no processor",))
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link"])
+@pytest.mark.parametrize("verb", ["convert", "cut", "overlay"])
+def test_existing_path_is_not_overwritten(verb: str, kind: str, refuses: Refuses, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "there").mkdir()
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        out.symlink_to("there" if kind == "link" else "nowhere")
+    args = ("overlay", bundle, "-i", "x.png") if verb == "overlay" else (verb, "tiny:llava", "--prune", "0.7")
+    result = refuses(*args, "-o", "out", says=("`out` exists",))
+    assert "loading" not in result.err
+
+
+def test_parent_is_a_file(refuses: Refuses, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refuses("convert", "tiny:llava", "-o", "file/out", says=("file` is not a folder that can be written",))
+    refuses("convert", "tiny:llava", "-o", "file/deep/out", says=("file` is not a folder that can be written",))
+
+
+def test_parent_is_not_writable(refuses: Refuses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    if os.geteuid() == 0:  # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    refuses("convert", "tiny:llava", "-o", "locked/out", says=("locked` is not a folder that can be written",))
+
+
+# --- data ---
+
+LINES = {
+    "not JSON": (b"nonsense", "line 2 is not a JSON object"),
+    "not UTF-8": (b"\xff\xfe", "line 2 is not a JSON object"),
+    "a list": (b"[]", "line 2 is not a JSON object"),
+    "empty": (b"", "line 2 is not a JSON object"),
+    "no question": (b'{"image": "picture.png"}', "line 2: `question` is None"),
+    "a number": (b'{"image": 5, "question": "x"}', "line 2: `image` is 5"),
+    "no such image": (b'{"image": "no.png", "question": "x", "answer": "y"}', "no image"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("flag", ["--calibration", "--quality"])
+def test_bad_question_line(name: str, flag: str, refuses: Refuses, picture: Path) -> None:
+    line, says = LINES[name]
+    good = json.dumps({"image": picture.name, "question": "What?", "answer": "This."}).encode()
+    (picture.parent / "questions.jsonl").write_bytes(b"\n".join([good, line, good]))
+    cut = ("--drop-layers", "language:1") if flag == "--calibration" else ()
+    refuses(*CONVERT, *cut, flag, ".", says=(says,))
+
+
+def test_calibration_without_images(refuses: Refuses, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        refuses(*CONVERT, "--drop-heads", "language:0.34", "--calibration", folder, says=(f"`{folder}` has no images",))
+
+
+def test_corrupt_calibration_image(refuses: Refuses, picture: Path) -> None:
+    bad = picture.with_name("bad.png")
+    for data in (b"no image", picture.read_bytes()[:60], b""):
+        bad.write_bytes(data)
+        refuses(*CONVERT, "--drop-layers", "vision:1", "--calibration", ".", says=("bad.png` is not a readable image",))
+
+
+def test_questions_without_answers(refuses: Refuses, picture: Path) -> None:
+    (picture.parent / "questions.jsonl").write_text(json.dumps({"image": picture.name, "question": "What?"}))
+    refuses(*CONVERT, "--quality", ".", says=("no questions with answers",))
+
+
+# --- TensorRT ---
+
+
+def test_trt_without_tensorrt_offers_deferring(refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "the Python module `tensorrt` is not installed"
+    monkeypatch.setattr("vlmcut.exporters.engines.available", lambda flavour: reason)
+    result = refuses(*CONVERT, "--target", "trt", says=(reason, "--defer-build"))
+    assert "loading" not in result.err
+
+
+def test_cut_model_is_not_cut_for_tokens_again(run: Any, refuses: Refuses, tmp_path: Path) -> None:
+    assert run("cut", "tiny:llava", "--prune", "0.7", "-o", tmp_path / "cut").code == 0
+    for flags in (("--prune", "0.5"), ("--keep", "4")):
+        refuses("convert", "cut", "-o", "out", *flags, says=("is a cut model already",))
