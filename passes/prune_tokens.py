@@ -47,6 +47,11 @@ class PruneTokens(Pass):
                 f"{self.name}: keep={self.keep}, but `{a.family}` makes {a.visual_tokens} visual tokens per image",
                 hint=f"choose 1 to {a.visual_tokens}",
             )
+        if a.tower.layers != a.tower.feature_layer:  # the selection stands behind the last layer
+            raise PassError(
+                f"{self.name}: the tower has {a.tower.layers} layers, its features come after {a.tower.feature_layer}",
+                hint="put trim-tower first",
+            )
         return replace(a, keep=self.keep, method=self.method)
 
     def notes(self, a: Anatomy) -> list[str]:

@@ -70,8 +70,10 @@ def load(
         check_folder(folder)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # Mismatched shapes are let through here to be refused below, with their names.
+    reading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     made: Any = AutoModelForImageTextToText.from_pretrained(
-        name, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
+        name, config=config, dtype=dtype, attn_implementation="sdpa", **reading, **options
     )
     loaded, report = made
     for key in ("missing_keys", "mismatched_keys"):
@@ -132,10 +134,17 @@ def _check_config(folder: Path) -> None:
         raise ModelError(f"`{folder}` is not a folder", hint=_MODEL_HINT)
     if not (folder / "config.json").is_file():
         raise ModelError(f"`{folder}` has no config.json", hint=_MODEL_HINT)
+    _object(folder / "config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
-        json.loads((folder / "config.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"`{folder / 'config.json'}` is not JSON: {error}", hint="download it again") from error
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # bad UTF-8 too
+        raise ModelError(f"`{path}` is not JSON: {error}", hint="download it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"`{path}` is not a JSON object: {found!r}", hint="download it again")
+    return found
 
 
 def check_folder(folder: Path) -> None:
@@ -148,7 +157,10 @@ def check_folder(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        weight_map = _object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"`{index}` has no weight_map", hint="download it again")
+        shards = set(map(str, weight_map.values()))
     missing = sorted(s for s in shards if not (folder / s).is_file())
     if missing:
         raise ModelError(
@@ -172,9 +184,10 @@ def _check_safetensors(path: Path) -> None:
             )
         try:
             header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            named = [t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"`{path}` is not a safetensors file: {error}", hint="download the file again") from error
-    want = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    want = 8 + length + max(named, default=0)
     if want != size:
         raise ModelError(f"`{path}` is damaged: {size:,} bytes, its header names {want:,}", hint="download it again")
 

@@ -257,6 +257,13 @@ def test_layers_and_tokens_can_leave_an_int8_model(tiny, logits) -> None:
     assert torch.equal(logits(one), logits(other))
 
 
+def test_tokens_are_chosen_behind_the_last_layer(tiny) -> None:
+    """Without trim-tower the model would read its features from an earlier layer, all of them."""
+    with pytest.raises(PassError, match="tower has 5 layers, its features come after 4") as caught:
+        PruneTokens(keep=4).plan(describe(tiny("llava").model))
+    assert caught.value.hint == "put trim-tower first"
+
+
 def test_a_refusal_edits_nothing(tiny) -> None:
     """The whole recipe is planned before the first pass is applied."""
     loaded = tiny("llava")
