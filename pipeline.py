@@ -197,7 +197,7 @@ def _apply(request: Request, planned: Plan, loaded: Loaded, progress: Progress) 
     if describe(loaded.model) != planned.after:
         raise PassError("the cut model is not what was planned", hint="report this as a bug")
     notes["removed"] = complete.removed_weights(shapes, loaded.model)
-    return source_config, Recipe((*_made(loaded), *done.passes)), notes
+    return source_config, recipes.make([*_made(loaded), *done.passes]), notes
 
 
 def _made(loaded: Loaded) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
 from ..errors import ModelError
@@ -69,7 +70,7 @@ def save(loaded: Loaded, folder: Path, source_config: Any, recipe: Recipe) -> No
         source_config: the model's config before the cuts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    loaded.model.config.save_pretrained(folder)
+    _readable(loaded.model.config, source_config).save_pretrained(folder)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     (folder / SOURCE_CONFIG).write_text(source_config.to_json_string(use_diff=False))
@@ -77,6 +78,19 @@ def save(loaded: Loaded, folder: Path, source_config: Any, recipe: Recipe) -> No
     (folder / SOURCE).write_text(json.dumps(loaded.source, indent=1) + "\n")
     loaded.processor.save_pretrained(folder)
     save_file(surgery.state_dict(loaded.model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _readable(config: Any, source_config: Any) -> Any:
+    """The cut config, or the source's where transformers refuses to read the cut one back.
+
+    It refuses head counts that do not divide the width, although head_dim says how wide a head is. With the source's
+    config plain `from_pretrained` then stops at the first weight of another shape.
+    """
+    try:
+        type(config).from_dict(config.to_dict())
+    except StrictDataclassError:
+        return source_config
+    return config
 
 
 def _tie(model: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.initialization import no_init_weights
 
@@ -99,7 +100,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         _check_config(Path(name))
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"`{name}` cannot be loaded: {str(error).splitlines()[0]}", hint=_MODEL_HINT) from error
     reader = _reader(config)
     if not trust_remote_code and getattr(config, "auto_map", None):
@@ -114,7 +115,7 @@ def load_processor(name: str, *, revision: str | None = None, trust_remote_code:
         return AutoProcessor.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"`{name}`: no processor: {str(error).splitlines()[0]}",
             hint="save the processor (image processor, tokenizer, chat template) beside the weights",
