@@ -298,6 +298,7 @@ def prove(model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int
         with keeping(model, budget.visual_tokens):
             one, cases = exactness.measure(model, a, budget, runner, seed=seed, name=prefix)
         cases[0].save(folder / "golden" / f"{budget.visual_tokens}.npz")
+        del runner  # its sessions hold a copy of the weights
         verdict.merge(one)
     if not verdict.ok:
         raise ParityError(report.failure(verdict), hint="no bundle was written; see the worst rows above")

@@ -22,7 +22,7 @@ def test_every_image_keeps_its_own(kind: str, tiny, prompt, method: str) -> None
     assert both.kept.shape == (2, 5)
     for image in range(2):
         assert torch.equal(both.kept[image], alone[image].kept[0])
-        # float32: the tower's products over one image or two; features are of size 1, measured 4.8e-7.
+        # float32: the tower's products over one image or two; features are of size 6, measured 0.0.
         torch.testing.assert_close(both.pooler_output[image], alone[image].pooler_output[0], rtol=0, atol=5e-6)
 
 
