@@ -37,6 +37,8 @@ class PruneTokens(Pass):
     def plan(self, a: Anatomy) -> Anatomy:
         if self.method not in METHODS:
             raise PassError(f"{self.name}: no method `{self.method}`", hint=nearest(self.method, METHODS))
+        if self.seed < 0:
+            raise PassError(f"{self.name}: seed={self.seed}", hint="choose 0 or more")
         if a.method is not None:
             raise PassError(
                 f"{self.name}: the model already keeps {a.keep} of {a.visual_tokens} tokens by `{a.method}`",

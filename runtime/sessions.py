@@ -165,10 +165,8 @@ class Graphs:
 
     def _step(self, role: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         binding = self._bindings[role]
-        names = {t.name for t in self._info[role].inputs}
         for name, value in inputs.items():
-            if name in names:
-                binding.bind_cpu_input(name, value)
+            binding.bind_cpu_input(name, value)
         self._sessions[role].run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()[0].astype(np.float32)
 

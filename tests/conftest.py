@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ import torch
 import vlmcut
 from hypothesis import settings
 from PIL import Image
+from vlmcut.exporters.graphs import write_graphs
+from vlmcut.exporters.operators import Contrib, Operators, Standard
+from vlmcut.manifest import GraphInfo, TokenBudget
+from vlmcut.passes.prune_tokens import PruneTokens
+from vlmcut.passes.quantize import Quantize
+from vlmcut.passes.recipe import make
 from vlmcut.pipeline import Request, convert
 from vlmcut.prompt import Prompter
 from vlmcut.surgery.load import Loaded, describe
@@ -95,5 +102,56 @@ def logits(prompt: Callable[[Loaded], dict[str, torch.Tensor]]) -> Callable[[Loa
     def run(loaded: Loaded) -> torch.Tensor:
         with torch.no_grad():
             return loaded.model(**prompt(loaded)).logits
+
+    return run
+
+
+FORMS: dict[str, tuple[Operators, torch.dtype]] = {
+    "contrib": (Contrib(), torch.float32),
+    "standard": (Standard(), torch.float32),
+    "standard16": (Standard(), torch.float16),
+}
+BUDGET = TokenBudget(images=2, visual_tokens=5, text_tokens=9, new_tokens=4)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tiny model that keeps 5 tokens, its three graphs, and whether exporting left the model alone."""
+
+    loaded: Loaded
+    folder: Path
+    infos: dict[str, GraphInfo]
+    budget: TokenBudget
+    untouched: bool
+
+
+@pytest.fixture(scope="session")
+def export(
+    tiny: Callable[[str], Loaded],
+    logits: Callable[[Loaded], torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Exported]:
+    """Export (kind, form, int8 or not): contrib, standard or standard16; each once unless `fresh`."""
+    done: dict[tuple[str, str, bool], Exported] = {}
+
+    def run(kind: str, form: str, int8: bool = False, fresh: bool = False) -> Exported:
+        key = (kind, form, int8)
+        if key not in done or fresh:
+            loaded = tiny(kind)
+            make([PruneTokens(keep=5), *([Quantize()] if int8 else [])]).apply(loaded.model, None)
+            operators, dtype = FORMS[form]
+            loaded.model.to(dtype)
+            folder = tmp_path_factory.mktemp("graphs")
+            before = {"": logits(loaded)} if dtype == torch.float32 else {}
+            before |= {n: t.clone() for n, t in loaded.model.state_dict().items()}
+            infos = write_graphs(loaded.model, [BUDGET], operators, folder)
+            after = {"": logits(loaded)} if dtype == torch.float32 else {}
+            after |= loaded.model.state_dict()
+            same = before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+            made = Exported(loaded, folder, infos, BUDGET, same)
+            if fresh:
+                return made
+            done[key] = made
+        return done[key]
 
     return run

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,8 @@ def max_min_regret(distance: Tensor, kept: Tensor) -> Tensor:
 
 def random_positions(n: int, keep: int, seed: int) -> list[int]:
     """`keep` of `n` positions, the first of a seeded permutation, ascending; nested over `keep` for one seed."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    # NumPy, so that a trace sees numbers; the stream of a bit generator is the same in every version.
+    order = np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
     return sorted(order[:keep].tolist())
 
 

@@ -68,9 +68,12 @@ def refuses(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return call
 
 
-def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything below a folder, with size and time of its last change."""
-    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
+def listing(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Everything below a folder, each file with its size and the time of its last change."""
+    return {
+        str(p.relative_to(folder)): None if p.is_dir() else (p.lstat().st_size, p.lstat().st_mtime_ns)
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.fixture(scope="session")

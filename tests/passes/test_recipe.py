@@ -188,6 +188,7 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (PruneTokens(keep=0), "keep=0, but `llava` makes 16", "choose 1 to 16"),
     (PruneTokens(keep=17), "keep=17, but `llava` makes 16", "choose 1 to 16"),
     (PruneTokens(keep=-3), "keep=-3", "choose 1 to 16"),
+    (PruneTokens(keep=3, seed=-1), "seed=-1", "0 or more"),
     (PruneTokens(keep=3, method="fastvlm"), "no method `fastvlm`", "did you mean `fastervlm`?"),
     (DropLayers(part="sight", count=1), "part='sight'", "`vision` or `language`"),
     (DropLayers(part="vision", count=0), "count=0, but vision has 4 layers of which 3 can go", "choose 1 to 3"),
