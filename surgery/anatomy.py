@@ -80,7 +80,8 @@ class Anatomy:
         return self.tower.patches
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON knows it: lists, no tuples."""
+        return asdict(self, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
 
 
 @dataclass(frozen=True)

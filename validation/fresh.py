@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def verify_fresh(
         recipes.from_tables(manifest.recipe, "the bundle's recipe").apply(loaded.model, None)
     model = loaded.model.to(getattr(torch, manifest.dtype))
     a = describe(model)
-    made, stored = json.loads(json.dumps(a.to_json())), manifest.anatomy
+    made, stored = a.to_json(), manifest.anatomy
     if other := sorted(k for k, v in made.items() if v != stored.get(k)):
         raise BundleError(
             f"`{against}` is not the model of this bundle: its {other[0]} is {made[other[0]]}, the bundle's is "
