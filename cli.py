@@ -456,6 +456,8 @@ def main() -> None:
         app()
     except VlmcutError as error:
         _fail(error)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        _fail(VlmcutError(str(error), hint="check the path, its permissions and the space on its disk"))
 
 
 if __name__ == "__main__":

@@ -231,6 +231,8 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     questions = quality.read_set(loaded, questions_folder, request.questions) if questions_folder else []
     answers: dict[str, list[str]] = {}
     most = min(quality.ANSWER, request.new_tokens)  # a bundle cannot say more, so no model may
+    for question in questions:  # refuses one that is over budget before any work
+        question.prompt.shrink(planned.budgets[0].visual_tokens).pad(planned.budgets[0])
     if questions:
         progress(f"answering {len(questions)} questions with the original model")
         answers["original"] = quality.eager_answers(loaded, questions, most)

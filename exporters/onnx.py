@@ -63,9 +63,9 @@ def export(component: Component, model: Any, operators: Operators) -> ir.Model:
             custom_translation_table=_TRANSLATIONS,
             verbose=False,
         )
-    assert onnx_program is not None
-    graph_model = onnx_program.model
-    _simplify(graph_model)
+        assert onnx_program is not None
+        graph_model = onnx_program.model
+        _simplify(graph_model)
     _name(graph_model, names, component.outputs)
     return graph_model
 
@@ -120,12 +120,14 @@ class _quiet:
         self._filters = warnings.catch_warnings()
         self._filters.__enter__()
         warnings.simplefilter("ignore")
-        self._logger = logging.getLogger("torch.onnx")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
+        self._loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+        self._levels = [logger.level for logger in self._loggers]
+        for logger in self._loggers:
+            logger.setLevel(logging.ERROR)
 
     def __exit__(self, *error: object) -> None:
-        self._logger.setLevel(self._level)
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
         self._filters.__exit__(None, None, None)
 
 

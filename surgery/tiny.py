@@ -56,8 +56,12 @@ def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.5 / parameter.shape[-1] ** 0.5 if "embed" not in name else 0.5)
+        if "embed" in name:
+            parameter.data.normal_(0, 0.15)
+        elif parameter.dim() > 1:
+            # Strong language layers: with tied embeddings weak ones would only repeat the last token.
+            gain = 1.5 if "language_model" in name else 0.5
+            parameter.data.normal_(0, gain / parameter.shape[-1] ** 0.5)
         elif "bias" in name:
             parameter.data.normal_(0, 0.1)
     torch.random.set_rng_state(state)

@@ -77,9 +77,8 @@ def measure(
     for prompt in fresh_prompts(a, budget, seed):
         choice = [graphs.vision(image[None])[1] for image in _images(prompt)]
         for image, positions in zip(_images(prompt), choice, strict=True):
-            kept.look(model, exact, torch.from_numpy(image)[None], torch.from_numpy(positions))
-            if "vision" in a.quantized:  # see below
-                kept.listen(model, exact, torch.from_numpy(image)[None], nudge=seed + 1)
+            nudge = seed + 1 if "vision" in a.quantized else None  # see below
+            kept.look(model, exact, torch.from_numpy(image)[None], torch.from_numpy(positions), nudge)
         case = _record(exact, prompt, choice, min(GREEDY, budget.new_tokens))
         recorded.append(case)
         found.append(cases.distances(graphs, case))
@@ -232,8 +231,12 @@ class _Kept:
     noise: float = 0.0
 
     @torch.no_grad()
-    def look(self, model: Any, exact: Any, pixels: torch.Tensor, kept: torch.Tensor) -> None:
-        """Judge the positions [1, K] that the runtime kept of an image [1, 3, height, width]."""
+    def look(self, model: Any, exact: Any, pixels: torch.Tensor, kept: torch.Tensor, nudge: int | None = None) -> None:
+        """Judge the positions [1, K] that the runtime kept of an image [1, 3, height, width].
+
+        Args:
+            nudge: seed of a small change of the image, whose scores count as noise too; None for none.
+        """
         selection = locate(exact).selection
         self.images += 1
         if selection is None:
@@ -244,15 +247,12 @@ class _Kept:
         assert state is not None
         self.other += not torch.equal(kept, selection.selector(state, selection.keep))
         self.regret = max(self.regret, float(selection.selector.regret(state, kept)))
-        self.listen(model, exact, pixels)
-
-    @torch.no_grad()
-    def listen(self, model: Any, exact: Any, pixels: torch.Tensor, nudge: int | None = None) -> None:
-        """How far the eager model's scores are from the reference's: the noise in which a choice may differ."""
-        want = reference.scores(exact, pixels)
-        have = reference.scores(model, pixels if nudge is None else _nudge(pixels, nudge))
-        if want is not None and have is not None:
-            self.noise = max(self.noise, float((have.double() - want).abs().max()))
+        # How far the eager model's scores are from the reference's: the noise in which a choice may differ.
+        want = selection.selector.scores(state)
+        for image in [pixels] if nudge is None else [pixels, _nudge(pixels, nudge)]:
+            have = reference.scores(model, image)
+            if want is not None and have is not None:
+                self.noise = max(self.noise, float((have.double() - want).abs().max()))
 
     @property
     def note(self) -> str:
