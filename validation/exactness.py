@@ -258,7 +258,7 @@ class _Kept:
     def note(self) -> str:
         if not self.other:
             return f"equal on {self.images} images"
-        return f"other tokens on {self.other} of {self.images} images; max_abs: their score falls short by"
+        return f"other tokens on {self.other} of {self.images} images; the distance is what their scores fall short by"
 
 
 def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, name: str) -> list[tuple[float, str]]:

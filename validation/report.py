@@ -68,7 +68,7 @@ def junit(rows: list[ExactnessRow]) -> bytes:
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}.ok{color:#176f2c}.bad{color:#b00020;font-weight:600}
+td:first-child,th:first-child{text-align:left}td{white-space:nowrap}td:last-child{white-space:normal}.ok{color:#176f2c}.bad{color:#b00020;font-weight:600}
 pre{background:#f5f5f5;padding:1em;overflow:auto}"""
 
 
