@@ -39,9 +39,11 @@ def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dynamic_int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T with quantized operands; x [items, ..., in], weight int8 [out, in], scale [out]."""
     q, x_scale, x_zero = quantize_activation(x)
-    # int8 x int8 -> int32 needs signed operands: shift by 128 and put the shift back through the row sums.
-    product = torch.ops.aten._int_mm((q - 128).to(torch.int8).reshape(-1, x.shape[-1]), weight.t())
-    sums = weight.sum(dim=1, dtype=torch.int32)
+    # int8 x int8 -> int32 needs signed operands: shift by 128 and put the shift back through the sums of the weight's
+    # rows, which a row of ones gives in the same product.
+    rows = (q - 128).to(torch.int8).reshape(-1, x.shape[-1])
+    product = torch.ops.aten._int_mm(torch.cat([rows, rows.new_ones(1, rows.shape[1])]), weight.t())
+    product, sums = product[:-1], product[-1]
     product = product.reshape(*x.shape[:-1], -1) + (128 - x_zero).to(torch.int32) * sums
     out = product.to(x.dtype) * (x_scale * scale.to(x.dtype))
     return out if bias is None else out + bias
