@@ -64,7 +64,7 @@ def _stage(out: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
         folder.chmod(0o755)
         yield folder
-    except Exception as error:
+    except Exception as error:  # safetensors and others report a full disk as their own type; the rest goes on as it is
         if not _is_full(error):
             raise
         written = folder.rglob("*") if folder else ()
