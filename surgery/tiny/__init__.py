@@ -1,0 +1,38 @@
+"""Tiny random models with their processors, built offline in a second: for tests and for trying commands.
+
+Sizes are odd on purpose (heads, layers and batch differ), weights are scaled so that logits are not degenerate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from ...errors import ModelError, nearest
+from . import families, processors, weights
+
+
+def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
+    """A tiny model and its processor.
+
+    Args:
+        kind: a model type such as `qwen3_vl`, or a variant of one, `llava-siglip-qwen2` (see `kinds`).
+        seed: of the weights; the caller's random state is left alone.
+
+    Raises:
+        ModelError: an unknown kind.
+    """
+    if kind not in families.FAMILIES:
+        raise ModelError(f"no tiny model `{kind}`", hint=nearest(kind, kinds()))
+    family = families.FAMILIES[kind]
+    tokenizer = processors.tokenizer(family.special, **family.named)
+    config, processor = family.build(tokenizer)
+    model = weights.draw(lambda: transformers.AutoModelForImageTextToText.from_config(config), seed, norms=family.norms)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, do_sample=False)
+    return model, processor
+
+
+def kinds() -> list[str]:
+    """Names that `make` knows."""
+    return sorted(families.FAMILIES)
