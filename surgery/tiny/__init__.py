@@ -28,7 +28,12 @@ def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
     family = families.FAMILIES[kind]
     tokenizer = processors.tokenizer(family.special, **family.named)
     config, processor = family.build(tokenizer)
-    model = weights.draw(lambda: transformers.AutoModelForImageTextToText.from_config(config), seed, norms=family.norms)
+    model = weights.draw(
+        lambda: transformers.AutoModelForImageTextToText.from_config(config),
+        seed,
+        norms=family.norms,
+        embeddings=family.embeddings,
+    )
     model.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, do_sample=False)
     return model, processor
 

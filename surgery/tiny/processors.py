@@ -6,10 +6,16 @@ torchvision alone, and vlmcut reads images.
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 _CORPUS = ["USER: <image>\nWhat is in the picture? ASSISTANT: a red square and two blue circles on the left."]
 
@@ -55,14 +61,37 @@ def template(turn: str, image: str, reply: str, *, start: str = "", end: str = "
     return text
 
 
-def image_only(stock: Any) -> Any:
-    """A processor class of transformers without its video half.
+def image_only(stock: Any, video: str, images: Any, tokenizer: Any, **options: Any) -> Any:
+    """A processor of transformers without its video half, which torchvision alone could build.
 
-    It keeps its name, so what it saves names the stock class; loading that with `AutoProcessor` asks for
-    `AutoVideoProcessor`, which needs torchvision, loading it with this class does not.
+    It keeps the stock name, and saves the name of the `video` processor too, so that what it saves is a folder as any
+    other: loading it with `AutoProcessor` asks for the video half, with the class of this processor does not.
     """
 
-    def init(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **options: Any):
-        stock.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **options)
+    class ImageOnly(stock):
+        video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's `apply_chat_template` reads them
 
-    return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__, "video_processor": None})
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            found = {key: value for key, value in processor_dict.items() if key != "video_processor"}
+            return super().from_args_and_dict([*args, None], found, **kwargs)
+
+        def to_dict(self) -> dict[str, Any]:
+            return super().to_dict() | {"video_processor": {"video_processor_type": video}}
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = stock.__name__
+    return ImageOnly(images, tokenizer, video_processor=None, **options)
+
+
+def pixtral() -> Any:
+    """`PixtralProcessor`, which asks for torchvision only to import one function that the PIL file has as well."""
+    if is_torchvision_available():
+        return transformers.PixtralProcessor
+    from transformers.models.pixtral import image_processing_pil_pixtral as pil
+
+    with mock.patch.dict(sys.modules, {"transformers.models.pixtral.image_processing_pixtral": pil}):
+        return importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 
-def draw(build: Callable[[], Any], seed: int, *, norms: bool = True) -> Any:
+def draw(build: Callable[[], Any], seed: int, *, norms: bool = True, embeddings: float = 0.15) -> Any:
     """A model from `build` with strong random weights; the caller's randomness is left alone.
 
     Stock initialisation is too weak: with tied embeddings a model would only repeat its last token, gemma3's
     projector starts at zero and FastViT's layer scales at 1e-5, so that an error upstream of them could not be seen.
 
     Args:
+        embeddings: standard deviation of token, patch and position embeddings.
         norms: also move norm weights, layer scales and other vectors off their starting values.
     """
     with torch.random.fork_rng(devices=[]):
@@ -22,9 +23,9 @@ def draw(build: Callable[[], Any], seed: int, *, norms: bool = True) -> Any:
         model = build().eval()
         for name, parameter in model.named_parameters():
             if "embed" in name:
-                parameter.data.normal_(0, 0.15)
+                parameter.data.normal_(0, embeddings)
             elif parameter.dim() > 1:
-                gain = 1.5 if "language_model" in name else 0.5
+                gain = 1.5 if "language_model" in name or "text_model" in name else 0.5
                 parameter.data.normal_(0, gain / parameter.shape[-1] ** 0.5)
             elif "bias" in name:
                 parameter.data.normal_(0, 0.1)

@@ -1,0 +1,120 @@
+"""Families that see an image at its own size and shape: the Qwen-VL line, the Pixtral line, LFM2-VL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers as hf
+
+from . import processors
+from .family import CHATML, PLAIN, Family, ids, mistral, pixtral_tower
+from .processors import image_only, template
+
+_PATCH = 8
+_QWEN = template(
+    "<|im_start|>{{ m['role'] }}\n",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|im_start|>assistant\n",
+    end="<|im_end|>\n",
+)
+_INSTRUCT = template("{{ '[INST]' if m['role'] == 'user' }}", "[IMG]", "", start="<s>").replace(
+    "{% endfor %}{% if add", "{{ '[/INST]' if m['role'] == 'user' else '</s>' }}{% endfor %}{% if add"
+)
+
+
+def _qwen(tokenizer: Any, config: Any, processor: Any, vision: Any, **text: Any) -> tuple[Any, Any]:
+    """A Qwen-VL config with its processor: images of 4 to 36 merged tokens, three rotary axes."""
+    token = tokenizer.convert_tokens_to_ids
+    made = config(
+        vision_config=vision,
+        text_config={
+            "hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "max_position_embeddings": 512, **text, **ids(tokenizer),
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    video = "Qwen3VLVideoProcessor" if processor is hf.Qwen3VLProcessor else "Qwen2VLVideoProcessor"
+    unit = (2 * _PATCH) ** 2
+    images = hf.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 4 * unit, "longest_edge": 36 * unit}, patch_size=_PATCH, merge_size=2
+    )
+    return made, image_only(processor, video, images, tokenizer, chat_template=_QWEN)
+
+
+def qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """Full attention over an image's patches, merged 2x2."""
+    vision = {"depth": 4, "embed_dim": 64, "hidden_size": 96, "num_heads": 2, "mlp_ratio": 2, "patch_size": _PATCH}
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+    return _qwen(tokenizer, hf.Qwen2VLConfig, hf.Qwen2VLProcessor, vision, rope_parameters=rope)
+
+
+def qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """Windows of 2x2 merged tokens, ragged at the edge of any odd grid; blocks 1 and 3 see the whole image."""
+    vision = {
+        "depth": 5, "hidden_size": 64, "intermediate_size": 88, "num_heads": 2, "patch_size": _PATCH,
+        "window_size": 4 * _PATCH, "fullatt_block_indexes": [1, 3], "out_hidden_size": 96,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+    return _qwen(tokenizer, hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLProcessor, vision, rope_parameters=rope)
+
+
+def qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """Two deepstack levels, interpolated position embeddings, interleaved rotary axes."""
+    vision = {
+        "depth": 5, "hidden_size": 64, "intermediate_size": 88, "num_heads": 2, "patch_size": _PATCH,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [1, 3], "out_hidden_size": 96,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 5e5}
+    return _qwen(tokenizer, hf.Qwen3VLConfig, hf.Qwen3VLProcessor, vision, rope_parameters=rope, head_dim=32)
+
+
+def _pixtral(tokenizer: Any, merge: int) -> Any:
+    return processors.pixtral()(
+        hf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": _PATCH, "width": _PATCH}),
+        tokenizer,
+        patch_size=_PATCH,
+        spatial_merge_size=merge,
+        chat_template=_INSTRUCT,
+    )
+
+
+def pixtral(tokenizer: Any) -> tuple[Any, Any]:
+    """LLaVA with a Pixtral tower: a break token after every row of patches."""
+    config = hf.LlavaConfig(
+        vision_config=pixtral_tower(),
+        text_config=mistral(tokenizer, tied=False),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return config, _pixtral(tokenizer, 1)
+
+
+def mistral3(tokenizer: Any) -> tuple[Any, Any]:
+    """A Pixtral tower whose patches are merged 2x2."""
+    config = hf.Mistral3Config(
+        vision_config=pixtral_tower(),
+        text_config=mistral(tokenizer, tied=True),
+        image_token_index=tokenizer.image_token_id,
+        spatial_merge_size=2,
+        tie_word_embeddings=True,
+    )
+    return config, _pixtral(tokenizer, 2)
+
+
+_QWEN_TOKENS = (*CHATML, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_NAMES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+_QWEN_NAMES |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+_PIXTRAL = (*PLAIN, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
+
+FAMILIES = {
+    "qwen2_vl": Family(qwen2_vl, _QWEN_TOKENS, _QWEN_NAMES),
+    "qwen2_5_vl": Family(qwen2_5_vl, _QWEN_TOKENS, _QWEN_NAMES),
+    "qwen3_vl": Family(qwen3_vl, _QWEN_TOKENS, _QWEN_NAMES),
+    "pixtral": Family(pixtral, _PIXTRAL, {"image_token": "[IMG]"}),
+    "mistral3": Family(mistral3, _PIXTRAL, {"image_token": "[IMG]"}),
+}

@@ -1,0 +1,184 @@
+"""Tiny models: every family answers in eager, sees its image, and reads as many features as it has placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_torchvision_available
+from vlmcut.errors import ModelError
+from vlmcut.surgery import tiny
+
+FAMILIES = sorted(tiny.families.FAMILIES)
+FIXED = {"llava", "llava-siglip-qwen2", "paligemma", "gemma3"}  # whatever the image's size, as many tokens
+# Their stock processors need torchvision: a video half, or an import.
+TORCHVISION = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "pixtral", "mistral3"}
+SIZES = ((64, 64), (100, 40), (40, 90))  # width, height
+WORDS = ("What is it?", "Where is the red square?", "two blue circles")
+EXPORTED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[[str], tuple[Any, Any]]:
+    """Models by kind, made once; tests do not change them."""
+    cache: dict[str, tuple[Any, Any]] = {}
+
+    def get(kind: str) -> tuple[Any, Any]:
+        if kind not in cache:
+            cache[kind] = tiny.make(kind)
+        return cache[kind]
+
+    return get
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def ask(processor: Any, *sizes: tuple[int, int], text: str = WORDS[0], seed: int = 0) -> dict[str, Any]:
+    """Inputs for a question about one random image per size."""
+    content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    images = [picture(size, seed + i) for i, size in enumerate(sizes)]
+    inputs = dict(processor(images=images, text=prompt, return_tensors="pt"))
+    inputs.pop("labels", None)  # PaliGemma's processor writes them whenever it tells image from text
+    return inputs
+
+
+@torch.no_grad()
+def answer(model: Any, inputs: dict[str, Any]) -> list[int]:
+    return model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+def features(model: Any, inputs: dict[str, Any]) -> int:
+    """Rows that the tower and the projector make of the images."""
+    pixels = {name: value for name, value in inputs.items() if name not in EXPORTED}
+    found = model.get_image_features(**pixels, return_dict=True).pooler_output
+    found = torch.cat([*found]) if isinstance(found, list | tuple) else found
+    return found.flatten(0, -2).shape[0]
+
+
+def placeholders(model: Any, inputs: dict[str, Any]) -> int:
+    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_placeholder_has_a_feature(kind: str, made: Any) -> None:
+    model, processor = made(kind)
+    counts = set()
+    for sizes in (*((size,) for size in SIZES), SIZES[:2], SIZES[1:]):
+        inputs = ask(processor, *sizes)
+        assert placeholders(model, inputs) == features(model, inputs) > 0, sizes
+        if len(sizes) == 1:
+            counts.add(placeholders(model, inputs))
+    assert (len(counts) == 1) == (kind in FIXED)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_answers_vary(kind: str, made: Any) -> None:
+    model, processor = made(kind)
+    said = set()
+    for sizes, text in zip((SIZES[:1], SIZES[1:2], SIZES[:2]), WORDS, strict=True):
+        said |= set(answer(model, ask(processor, *sizes, text=text)))
+    assert len(said) >= 5
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_image_matters(kind: str, made: Any) -> None:
+    model, processor = made(kind)
+    with torch.no_grad():
+        one, other = (model(**ask(processor, SIZES[0], seed=seed)).logits[:, -1] for seed in (0, 7))
+    assert one.isfinite().all() and one.std() > 0.1
+    assert (one - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_nothing_rests_at_its_neutral_value(kind: str, made: Any) -> None:
+    """A bias of 0 or a norm weight of 1 would hide that it is ignored; the two oldest kinds keep their numbers."""
+    model, _ = made(kind)
+    for name, parameter in model.named_parameters():
+        if not tiny.families.FAMILIES[kind].norms and "norm" in name and "weight" in name:
+            continue
+        assert parameter.numel() == 1 or parameter.std() > 1e-3, name
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_small_and_odd(kind: str, made: Any) -> None:
+    model, _ = made(kind)
+    assert sum(p.numel() for p in model.parameters()) < 2e6
+    text = model.config.get_text_config()
+    assert text.num_attention_heads != text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    assert head in (16, 32)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_folder_gives_the_same(kind: str, made: Any, tmp_path: Path) -> None:
+    model, processor = made(kind)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    if kind in TORCHVISION and not is_torchvision_available():
+        with pytest.raises(ImportError):
+            AutoProcessor.from_pretrained(tmp_path, backend="pil")
+        read = type(processor).from_pretrained(tmp_path, backend="pil")
+    else:
+        read = AutoProcessor.from_pretrained(tmp_path, backend="pil")
+    one, other = ask(processor, *SIZES[:2]), ask(read, *SIZES[:2])
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    again: Any = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**one).logits, model(**one).logits)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_seed_is_a_model(kind: str, made: Any) -> None:
+    state = torch.random.get_rng_state()
+    again, other = tiny.make(kind)[0].state_dict(), tiny.make(kind, seed=1)[0].state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first = made(kind)[0].state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_windows_are_ragged(made: Any) -> None:
+    """Some image of Qwen2.5-VL has windows of different lengths, and two blocks look across all of them."""
+    model, processor = made("qwen2_5_vl")
+    grid = ask(processor, (80, 48))["image_grid_thw"]
+    assert (grid[0, 1:] // 2 % 2 != 0).any()
+    assert 0 < len(model.config.vision_config.fullatt_block_indexes) < model.config.vision_config.depth
+
+
+def test_a_window_is_shorter_than_a_prompt(made: Any) -> None:
+    model, processor = made("gemma3")
+    text = model.config.text_config
+    assert text.sliding_window < ask(processor, (64, 64))["input_ids"].shape[1]
+    assert set(text.layer_types) == {"sliding_attention", "full_attention"}
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_three_grids(kind: str, made: Any) -> None:
+    _, processor = made(kind)
+    tiles = {ask(processor, size)["pixel_values"].shape[1] for size in ((60, 60), (60, 30), (90, 30))}
+    assert len(tiles) == 3
+
+
+@pytest.mark.parametrize("kind", ["internvl", "idefics3", "smolvlm"])
+def test_one_tile_or_several(kind: str, made: Any) -> None:
+    _, processor = made(kind)
+    side = 32 if kind == "internvl" else None
+    tiles = [ask(processor, size)["pixel_values"].flatten(0, -4).shape[0] for size in ((32, 32), (90, 30))]
+    assert tiles[1] > 1 and (side is None or tiles[0] == 1)
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ModelError, match="no tiny model `qwen3vl`") as caught:
+        tiny.make("qwen3vl")
+    assert caught.value.hint == "did you mean `qwen3_vl`?"
