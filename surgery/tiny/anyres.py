@@ -82,7 +82,7 @@ def llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
         vision_aspect_ratio="anyres_max_3",
     )
     processor = image_only(
-        hf.LlavaOnevisionProcessor,
+        "LlavaOnevisionProcessor",
         "LlavaOnevisionVideoProcessor",
         hf.LlavaOnevisionImageProcessorPil(size=square(40), image_grid_pinpoints=grids),
         tokenizer,

@@ -6,7 +6,8 @@ from typing import Any
 
 import transformers as hf
 
-from . import processors
+from ...processors.lfm2 import Lfm2VlImageProcessorPil
+from ...processors.opening import processor_class
 from .family import CHATML, PLAIN, Family, ids, mistral, pixtral_tower
 from .processors import image_only, template
 
@@ -22,7 +23,7 @@ _INSTRUCT = template("{{ '[INST]' if m['role'] == 'user' }}", "[IMG]", "", start
 )
 
 
-def _qwen(tokenizer: Any, config: Any, processor: Any, vision: Any, **text: Any) -> tuple[Any, Any]:
+def _qwen(tokenizer: Any, config: Any, processor: str, vision: Any, **text: Any) -> tuple[Any, Any]:
     """A Qwen-VL config with its processor: images of 4 to 36 merged tokens, three rotary axes."""
     token = tokenizer.convert_tokens_to_ids
     made = config(
@@ -37,7 +38,7 @@ def _qwen(tokenizer: Any, config: Any, processor: Any, vision: Any, **text: Any)
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )  # fmt: skip
-    video = "Qwen3VLVideoProcessor" if processor is hf.Qwen3VLProcessor else "Qwen2VLVideoProcessor"
+    video = "Qwen3VLVideoProcessor" if "3" in processor else "Qwen2VLVideoProcessor"
     unit = (2 * _PATCH) ** 2
     images = hf.Qwen2VLImageProcessorPil(
         size={"shortest_edge": 4 * unit, "longest_edge": 36 * unit}, patch_size=_PATCH, merge_size=2
@@ -49,7 +50,7 @@ def qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     """Full attention over an image's patches, merged 2x2."""
     vision = {"depth": 4, "embed_dim": 64, "hidden_size": 96, "num_heads": 2, "mlp_ratio": 2, "patch_size": _PATCH}
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
-    return _qwen(tokenizer, hf.Qwen2VLConfig, hf.Qwen2VLProcessor, vision, rope_parameters=rope)
+    return _qwen(tokenizer, hf.Qwen2VLConfig, "Qwen2VLProcessor", vision, rope_parameters=rope)
 
 
 def qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
@@ -59,7 +60,7 @@ def qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
         "window_size": 4 * _PATCH, "fullatt_block_indexes": [1, 3], "out_hidden_size": 96,
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
-    return _qwen(tokenizer, hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLProcessor, vision, rope_parameters=rope)
+    return _qwen(tokenizer, hf.Qwen2_5_VLConfig, "Qwen2_5_VLProcessor", vision, rope_parameters=rope)
 
 
 def qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
@@ -69,11 +70,11 @@ def qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
         "num_position_embeddings": 36, "deepstack_visual_indexes": [1, 3], "out_hidden_size": 96,
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 5e5}
-    return _qwen(tokenizer, hf.Qwen3VLConfig, hf.Qwen3VLProcessor, vision, rope_parameters=rope, head_dim=32)
+    return _qwen(tokenizer, hf.Qwen3VLConfig, "Qwen3VLProcessor", vision, rope_parameters=rope, head_dim=32)
 
 
 def _pixtral(tokenizer: Any, merge: int) -> Any:
-    return processors.pixtral()(
+    return processor_class("PixtralProcessor")(
         hf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": _PATCH, "width": _PATCH}),
         tokenizer,
         patch_size=_PATCH,
@@ -106,12 +107,50 @@ def mistral3(tokenizer: Any) -> tuple[Any, Any]:
     return config, _pixtral(tokenizer, 2)
 
 
+def lfm2_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """SigLIP2 and a language model of short convolutions and attention; large images become tiles and a thumbnail."""
+    config = hf.Lfm2VlConfig(
+        vision_config={
+            "model_type": "siglip2_vision_model", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "patch_size": _PATCH, "num_patches": 16, "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "lfm2", "hidden_size": 96, "intermediate_size": 88, "block_auto_adjust_ff_dim": False,
+            "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 512,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"], "conv_bias": True, **ids(tokenizer),
+        },
+        image_token_id=tokenizer.image_token_id,
+        projector_hidden_size=72,
+        downsample_factor=2,
+    )  # fmt: skip
+    images = Lfm2VlImageProcessorPil(
+        encoder_patch_size=_PATCH, tile_size=32, min_image_tokens=2, max_image_tokens=6, max_tiles=4
+    )
+    chat = template(
+        "<|im_start|>{{ m['role'] }}\n",
+        "<image>",
+        "<|im_start|>assistant\n",
+        start="<|startoftext|>",
+        end="<|im_end|>\n",
+    )
+    return config, hf.Lfm2VlProcessor(images, tokenizer, chat_template=chat)
+
+
+_LFM2_NAMES = {
+    "image_token": "<image>",
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "image_thumbnail_token": "<|img_thumbnail|>",
+}
+_LFM2_TOKENS = ("<|pad|>", "<|startoftext|>", "<|im_end|>", "<|im_start|>", *_LFM2_NAMES.values())
+_LFM2_TOKENS += tuple(f"<|img_row_{i}_col_{j}|>" for i in range(1, 5) for j in range(1, 5))
 _QWEN_TOKENS = (*CHATML, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _QWEN_NAMES = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 _QWEN_NAMES |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
 _PIXTRAL = (*PLAIN, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
 
 FAMILIES = {
+    "lfm2_vl": Family(lfm2_vl, _LFM2_TOKENS, _LFM2_NAMES),
     "qwen2_vl": Family(qwen2_vl, _QWEN_TOKENS, _QWEN_NAMES),
     "qwen2_5_vl": Family(qwen2_5_vl, _QWEN_TOKENS, _QWEN_NAMES),
     "qwen3_vl": Family(qwen3_vl, _QWEN_TOKENS, _QWEN_NAMES),

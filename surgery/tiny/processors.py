@@ -1,21 +1,17 @@
 """What a tiny model reads with: a tokenizer trained in process, PIL image processors, chat templates.
 
-All of it offline and without torchvision. Video halves of processors are left out: transformers has them for
-torchvision alone, and vlmcut reads images.
+All of it offline and without torchvision.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import is_torchvision_available
+
+from ...processors.no_video import NoVideo
+from ...processors.opening import processor_class
 
 _CORPUS = ["USER: <image>\nWhat is in the picture? ASSISTANT: a red square and two blue circles on the left."]
 
@@ -61,37 +57,6 @@ def template(turn: str, image: str, reply: str, *, start: str = "", end: str = "
     return text
 
 
-def image_only(stock: Any, video: str, images: Any, tokenizer: Any, **options: Any) -> Any:
-    """A processor of transformers without its video half, which torchvision alone could build.
-
-    It keeps the stock name, and saves the name of the `video` processor too, so that what it saves is a folder as any
-    other: loading it with `AutoProcessor` asks for the video half, with the class of this processor does not.
-    """
-
-    class ImageOnly(stock):
-        video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's `apply_chat_template` reads them
-
-        @classmethod
-        def get_attributes(cls) -> list[str]:
-            return [name for name in super().get_attributes() if name != "video_processor"]
-
-        @classmethod
-        def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-            found = {key: value for key, value in processor_dict.items() if key != "video_processor"}
-            return super().from_args_and_dict([*args, None], found, **kwargs)
-
-        def to_dict(self) -> dict[str, Any]:
-            return super().to_dict() | {"video_processor": {"video_processor_type": video}}
-
-    ImageOnly.__name__ = ImageOnly.__qualname__ = stock.__name__
-    return ImageOnly(images, tokenizer, video_processor=None, **options)
-
-
-def pixtral() -> Any:
-    """`PixtralProcessor`, which asks for torchvision only to import one function that the PIL file has as well."""
-    if is_torchvision_available():
-        return transformers.PixtralProcessor
-    from transformers.models.pixtral import image_processing_pil_pixtral as pil
-
-    with mock.patch.dict(sys.modules, {"transformers.models.pixtral.image_processing_pixtral": pil}):
-        return importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
+def image_only(name: str, video: str, images: Any, tokenizer: Any, **options: Any) -> Any:
+    """A processor of transformers with a stand-in for its `video` half, which torchvision alone could build."""
+    return processor_class(name)(images, tokenizer, NoVideo(video_processor_type=video), **options)

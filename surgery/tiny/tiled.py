@@ -27,7 +27,7 @@ def internvl(tokenizer: Any) -> tuple[Any, Any]:
     images = hf.GotOcr2ImageProcessorPil(size=square(32), crop_to_patches=True, min_patches=1, max_patches=4)
     chat = template("<|im_start|>{{ m['role'] }}\n", "<IMG_CONTEXT>\n", "<|im_start|>assistant\n", end="<|im_end|>\n")
     return config, image_only(
-        hf.InternVLProcessor, "InternVLVideoProcessor", images, tokenizer, image_seq_length=4, chat_template=chat
+        "InternVLProcessor", "InternVLVideoProcessor", images, tokenizer, image_seq_length=4, chat_template=chat
     )
 
 
@@ -69,7 +69,7 @@ def smolvlm(tokenizer: Any) -> tuple[Any, Any]:
     )  # fmt: skip
     images = hf.SmolVLMImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
     processor = image_only(
-        hf.SmolVLMProcessor,
+        "SmolVLMProcessor",
         "SmolVLMVideoProcessor",
         images,
         tokenizer,

@@ -22,7 +22,7 @@ def draw(build: Callable[[], Any], seed: int, *, norms: bool = True, embeddings:
         torch.manual_seed(seed)
         model = build().eval()
         for name, parameter in model.named_parameters():
-            if "embed" in name:
+            if "embed" in name and "norm" not in name:
                 parameter.data.normal_(0, embeddings)
             elif parameter.dim() > 1:
                 gain = 1.5 if "language_model" in name or "text_model" in name else 0.5
