@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
+from transformers.utils import is_timm_available, is_torchvision_available
 
+from ...errors import ModelError
 from .family import CHATML, PLAIN, Family, clip, ids, llama, qwen2, siglip, square
 from .processors import image_only, template
 
@@ -94,12 +96,46 @@ def llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
     return config, processor
 
 
+def fast_vlm(tokenizer: Any) -> tuple[Any, Any]:
+    """FastViT, five stages of convolutions and attention down to 3x3 of 192x192 pixels, and a Qwen2."""
+    if not (is_timm_available() and is_torchvision_available()):
+        raise ModelError("`fast_vlm` has a vision tower of timm", hint="pip install timm torchvision")
+    config = hf.FastVlmConfig(
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "hidden_size": 128,  # twice the last stage's
+            "do_pooling": True,
+            "global_pool": "avg",
+            "model_args": {
+                "inference_mode": True,  # as published: the branches of training are folded into one
+                "layers": [1, 2, 1, 1, 2],
+                "embed_dims": [8, 16, 32, 64, 64],
+                "mlp_ratios": [2, 2, 2, 2, 2],
+            },
+        },
+        text_config=qwen2(**ids(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        image_seq_length=9,
+    )
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessorPil(size=square(192), crop_size=square(192), do_center_crop=False),
+        tokenizer,
+        patch_size=64,
+        vision_feature_select_strategy="full",
+        chat_template=_CHATML,
+        num_additional_image_tokens=0,
+    )
+    return config, processor
+
+
 _IMAGE = {"image_token": "<image>"}
 _BOTH = _IMAGE | {"video_token": "<video>"}
 
 FAMILIES = {
     "llava": Family(llava, (*PLAIN, "<image>"), _IMAGE, norms=False),
     "llava-siglip-qwen2": Family(llava_siglip, (*PLAIN, "<image>"), _IMAGE, norms=False),
+    "fast_vlm": Family(fast_vlm, (*CHATML, "<image>"), _IMAGE),
     "llava_next": Family(llava_next, (*PLAIN, "<image>", "[INST]", "[/INST]"), _IMAGE),
     "llava_onevision": Family(llava_onevision, (*CHATML, "<image>", "<video>"), _BOTH),
 }

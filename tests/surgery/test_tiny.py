@@ -11,13 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_timm_available, is_torchvision_available
 from vlmcut.errors import ModelError
 from vlmcut.processors import open_processor
 from vlmcut.surgery import tiny
 
-FAMILIES = sorted(tiny.families.FAMILIES)
-FIXED = {"llava", "llava-siglip-qwen2", "paligemma", "gemma3"}  # whatever the image's size, as many tokens
+TIMM = is_timm_available() and is_torchvision_available()
+FAMILIES = [
+    pytest.param(kind, marks=[pytest.mark.skipif(not TIMM, reason="needs timm, which needs torchvision")])
+    if kind == "fast_vlm"
+    else kind
+    for kind in sorted(tiny.families.FAMILIES)
+]
+FIXED = {"llava", "llava-siglip-qwen2", "paligemma", "gemma3", "fast_vlm"}  # whatever the image's size, as many tokens
 # `AutoProcessor` opens these with torchvision only: a video half, an import, or image processing without PIL.
 TORCHVISION = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "pixtral", "mistral3"}
 TORCHVISION |= {"lfm2_vl"}
@@ -184,3 +190,10 @@ def test_unknown_kind() -> None:
     with pytest.raises(ModelError, match="no tiny model `qwen3vl`") as caught:
         tiny.make("qwen3vl")
     assert caught.value.hint == "did you mean `qwen3_vl`?"
+
+
+@pytest.mark.skipif(TIMM, reason="timm is there")
+def test_timm_is_named() -> None:
+    with pytest.raises(ModelError, match="timm") as caught:
+        tiny.make("fast_vlm")
+    assert caught.value.hint == "pip install timm torchvision"
