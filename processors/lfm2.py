@@ -78,7 +78,9 @@ class Lfm2VlImageProcessorPil(PilBackend):
             sizes.append(list(size))
             for tile in tiles:
                 patches, shape = _patches(self._normalized(tile, o), o["encoder_patch_size"])
-                short = max(length - len(patches), 0) if o["do_pad"] else 0
+                short = length - len(patches) if o["do_pad"] else 0
+                if short < 0:  # transformers goes on, with a mask that is shorter than the row
+                    raise ValueError(f"an image too elongated: {len(patches)} patches, at most {length}")
                 values.append(np.pad(patches, ((0, short), (0, 0))))
                 masks.append(np.repeat(np.array([1, 0], np.int32), [len(patches), short]))
                 shapes.append(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _NAMING = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
 )  # fmt: skip
+# Image processors that transformers has for torchvision only, and the modules of ours.
+_TWINS = {"Lfm2VlImageProcessor": ".lfm2", "Cohere2VisionImageProcessor": ".cohere2"}
 
 
 class Processor:
@@ -106,13 +109,15 @@ def refuse_video() -> NoReturn:
 
 
 def processor_class(name: str) -> Any:
-    """The class of that name: transformers' own, or ours where that one cannot be imported without torchvision."""
+    """transformers' class of that name, made to do without torchvision.
+
+    Raises:
+        ModelError: transformers has none.
+    """
     import transformers
 
     if name == "PixtralProcessor":
-        from .pixtral import PixtralProcessor
-
-        return PixtralProcessor
+        return _pixtral()
     if name == "SmolVLMProcessor":
         module: Any = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
         # `__init__` refuses to be without num2words, which only words the prompts of videos.
@@ -120,13 +125,30 @@ def processor_class(name: str) -> Any:
     stock = getattr(transformers, name, None)
     if stock is None:
         raise ModelError(f"transformers has no `{name}`")
+    if "video_processor" not in stock.get_attributes():
+        return stock
 
     def check(self: Any, part: str, given: Any) -> Any:
         # The class that transformers would compare with is missing where torchvision is.
         return type(given) if part == "video_processor" else stock.check_argument_for_proper_class(self, part, given)
 
-    # Its own name, for that is what `save_pretrained` writes.
+    # Under its own name, for that is what `save_pretrained` writes.
     return type(name, (stock,), {"check_argument_for_proper_class": check, "__module__": stock.__module__})
+
+
+def _pixtral() -> Any:
+    """`PixtralProcessor`: its module imports torchvision's image processor for a function that PIL's has as well."""
+    from transformers.utils.import_utils import is_torchvision_available
+
+    package = "transformers.models.pixtral"
+    wanted, module = f"{package}.image_processing_pixtral", f"{package}.processing_pixtral"
+    if module in sys.modules or is_torchvision_available():
+        return importlib.import_module(module).PixtralProcessor
+    sys.modules[wanted] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    try:
+        return importlib.import_module(module).PixtralProcessor
+    finally:
+        del sys.modules[wanted]
 
 
 def _assemble(name: str, options: dict[str, Any]) -> Any:
@@ -184,10 +206,9 @@ def _open_images(name: str, **options: Any) -> Any:
     from transformers.image_processing_base import ImageProcessingMixin
 
     settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **options)
-    if str(settings.get("image_processor_type")).removesuffix("Fast") == "Lfm2VlImageProcessor":
-        from .lfm2 import Lfm2VlImageProcessorPil
-
-        return Lfm2VlImageProcessorPil.from_dict(settings)
+    stock = str(settings.get("image_processor_type")).removesuffix("Fast")
+    if stock in _TWINS:
+        return getattr(importlib.import_module(_TWINS[stock], __package__), f"{stock}Pil").from_dict(settings)
     made = AutoImageProcessor.from_pretrained(name, backend="pil", **options)
     if getattr(made, "backend", "pil") != "pil":
         raise ModelError(f"`{type(made).__name__}` needs torchvision")
