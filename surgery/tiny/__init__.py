@@ -10,21 +10,24 @@ from typing import Any
 import transformers
 
 from ...errors import ModelError, nearest
-from . import families, processors, weights
+from . import families, processors, shrink, weights
 
 
 def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
     """A tiny model and its processor.
 
     Args:
-        kind: a model type such as `qwen3_vl`, or a variant of one, `llava-siglip-qwen2` (see `kinds`).
+        kind: a model type such as `qwen3_vl`, or a variant of one, `llava-siglip-qwen2` (see `kinds`). A type without
+            a family of its own here is shrunk from its default config, and has no processor: None.
         seed: of the weights; the caller's random state is left alone.
 
     Raises:
-        ModelError: an unknown kind.
+        ModelError: an unknown kind, or one that needs a package that is missing.
     """
     if kind not in families.FAMILIES:
-        raise ModelError(f"no tiny model `{kind}`", hint=nearest(kind, kinds()))
+        if kind not in kinds():
+            raise ModelError(f"no tiny model `{kind}`", hint=nearest(kind, kinds()))
+        return shrink.model(kind, seed), None
     family = families.FAMILIES[kind]
     tokenizer = processors.tokenizer(family.special, **family.named)
     config, processor = family.build(tokenizer)
@@ -38,6 +41,11 @@ def make(kind: str, seed: int = 0) -> tuple[Any, Any]:
     return model, processor
 
 
+def make_model(kind: str, seed: int = 0) -> Any:
+    """A tiny model alone; raises as `make` does."""
+    return make(kind, seed)[0]
+
+
 def kinds() -> list[str]:
-    """Names that `make` knows."""
-    return sorted(families.FAMILIES)
+    """Names that `make` knows: families with a processor, and every other type that transformers registers."""
+    return sorted({*families.FAMILIES, *shrink.kinds()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_timm_available, is_torchvision_available
 from vlmcut.errors import ModelError
 from vlmcut.processors import open_processor
@@ -184,6 +185,47 @@ def test_one_tile_or_several(kind: str, made: Any) -> None:
     side = 32 if kind == "internvl" else None
     tiles = [ask(processor, size)["pixel_values"].flatten(0, -4).shape[0] for size in ((32, 32), (90, 30))]
     assert tiles[1] > 1 and (side is None or tiles[0] == 1)
+
+
+OTHERS = sorted(set(tiny.kinds()) - set(tiny.families.FAMILIES))
+UNBUILT = {"evolla"}  # transformers maps no model to its config
+UNBUILT |= set() if TIMM else {"gemma3n", "perception_lm"}
+UNBUILT |= set() if find_spec("scipy") else {"inkling_mm_model"}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_other_type_is_shrunk(kind: str) -> None:
+    if kind in UNBUILT:
+        with pytest.raises(ModelError, match=f"`{kind}` cannot be built"):
+            tiny.make(kind)
+        return
+    model, processor = tiny.make(kind)
+    assert processor is None
+    assert model.config.model_type == type(AutoConfig.for_model(kind)).model_type
+    assert sum(p.numel() for p in model.parameters()) * 4 < 50e6
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_most_types_build() -> None:
+    assert len(tiny.kinds()) - len(UNBUILT) > 90
+
+
+def test_layers_of_every_sort_stay() -> None:
+    """Shrinking keeps what tells layers apart: gemma4's default has five sliding layers, then a full one."""
+    text = tiny.shrink.config("gemma4").text_config
+    assert text.num_hidden_layers == len(text.layer_types) == 4
+    assert set(text.layer_types) == {"sliding_attention", "full_attention"}
+
+
+def test_a_ratio_of_heads_stays() -> None:
+    for kind, groups in (("qwen2_5_vl", 2), ("paligemma", 4)):
+        text = tiny.shrink.config(kind).text_config
+        assert text.num_attention_heads // text.num_key_value_heads == groups
+
+
+def test_unknown_type() -> None:
+    with pytest.raises(ModelError, match="no image-text-to-text model `bert`"):
+        tiny.shrink.config("bert")
 
 
 def test_unknown_kind() -> None:
