@@ -135,11 +135,11 @@ def sample_scenes(split, count, rng, augment=False):
     )
 
 
-def render(scenes, device="cpu", generator=None):
+def render(scenes, device="cpu", generator=None, patch=PATCH):
     """Paints scenes; the grain comes from the torch `generator` (of `device`).
 
-    Returns pictures (B, 3, 96, 96) float32 in 0..1, rounded to 8 bits, and the digits' ink per patch (B, 12, 12)
-    float32 in 0..1 (0: no ink in the patch, 1: all ink).
+    Returns pictures (B, 3, 96, 96) float32 in 0..1, rounded to 8 bits, and the digits' ink per patch of `patch` pixels
+    a side, (B, 12, 12) float32 in 0..1 for 8 (0: no ink in the patch, 1: all ink).
     """
     count = len(scenes)
     spec = {name: torch.from_numpy(value).to(device) for name, value in vars(scenes).items()}
@@ -165,7 +165,7 @@ def render(scenes, device="cpu", generator=None):
     background = background + F.interpolate(spec["blotches"], size=(SIZE, SIZE), mode="bilinear", align_corners=False)
     grain = torch.randn(count, 3, SIZE, SIZE, device=device, generator=generator) * spec["grain"].view(-1, 1, 1, 1)
     pictures = (torch.lerp(background, tint, alpha) + grain).clamp(0, 1)
-    return (pictures * 255).round() / 255, F.avg_pool2d(alpha, PATCH).squeeze(1)
+    return (pictures * 255).round() / 255, F.avg_pool2d(alpha, patch).squeeze(1)
 
 
 def to_pil(picture):
@@ -173,10 +173,10 @@ def to_pil(picture):
     return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def scene_set(split, count, seed):
+def scene_set(split, count, seed, patch=PATCH):
     """The `count` scenes of (split, seed), painted on the CPU: Scenes, pictures (N, 3, 96, 96), ink (N, 12, 12)."""
     scenes = sample_scenes(split, count, np.random.default_rng((SPLITS.index(split), seed)))
-    pictures, ink = render(scenes, generator=torch.Generator().manual_seed(seed))
+    pictures, ink = render(scenes, generator=torch.Generator().manual_seed(seed), patch=patch)
     return scenes, pictures, ink
 
 
