@@ -78,6 +78,11 @@ _EXTRA: dict[str, dict[str, Any]] = {
     },
     "emu3": {"vocabulary_map": {"<image>": 500}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2]},
+    "gemma3n": {
+        "text_config.num_kv_shared_layers": 1,
+        "vision_config.model_args": {"channel_multiplier": 0.05},
+        "vision_config.hidden_size": 2048,  # whatever the multiplier
+    },
     "glm46v": _AXES,
     "glm4v": _AXES,
     "glm4v_moe": _HALF_AXES,
@@ -88,6 +93,13 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
     "muse_spark": {"audio_config.hidden_sizes": [16, 16, 32, 32], "audio_config.depths": [1, 1, 1, 1]},
     "paddleocr_vl": _AXES,
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_lang_large_patch14_448",
+        "vision_config.model_args": {
+            "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS, "img_size": [56, 56], "ref_feat_shape": [4, 4],
+        },
+        "vision_config.hidden_size": WIDTH,
+    },
     "qwen2_5_omni_thinker": _AXES | {"vision_start_token_id": 500},
     "qwen2_5_vl": _AXES,
     "qwen2_vl": _AXES,
@@ -100,7 +112,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "text_config.indexer_compress_ratio": 4,
     },
     "step3p7": {"text_config.sliding_window": 16},
-}
+}  # fmt: skip
 
 
 def kinds() -> list[str]:
@@ -209,7 +221,7 @@ def _list(name: str, value: list[Any], depth: int, keep: list[int], tokens: _Tok
     if depth and _INDEXES.match(name) and all(isinstance(v, int) and 0 <= v < depth for v in value):
         return sorted({v * len(keep) // depth for v in value})
     if depth and len(value) == depth:
-        return [value[i] for i in keep]
+        value = [value[i] for i in keep]
     if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return [_number(name, v) for v in value]
     return value
