@@ -47,26 +47,57 @@ def llava_siglip(tokenizer: Any) -> tuple[Any, Any]:
     return _llava(tokenizer, siglip(40), qwen2(len(tokenizer)), hf.SiglipImageProcessorPil(size=square(40)), cls=False)
 
 
-def llava_next(tokenizer: Any) -> tuple[Any, Any]:
-    """CLIP on an overview and on grids of 1x2, 2x1, 2x2, 3x1 and 1x3 tiles; the padding of a grid is cut away."""
-    grids = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
-    config = hf.LlavaNextConfig(
+_GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # height, width
+_INSTRUCT = template(
+    "{{ '[INST] ' if m['role'] == 'user' }}",
+    "<image>\n",
+    "",
+    start="<s>",
+    end="{{ ' [/INST]' if m['role'] == 'user' }}",
+)
+
+
+def _llava_next(tokenizer: Any, kind: Any, **options: Any) -> tuple[Any, Any]:
+    config = kind(
         vision_config=clip(),
         text_config=llama(**ids(tokenizer)),
         image_token_index=tokenizer.image_token_id,
-        image_grid_pinpoints=grids,
+        image_grid_pinpoints=_GRIDS,
         image_seq_length=16,
         tie_word_embeddings=True,
+        **options,
     )
-    images = hf.LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=square(32), image_grid_pinpoints=grids)
+    images = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=square(32), image_grid_pinpoints=_GRIDS
+    )
+    return config, images
+
+
+def llava_next(tokenizer: Any) -> tuple[Any, Any]:
+    """CLIP on an overview and on grids of 1x2, 2x1, 2x2, 3x1 and 1x3 tiles; the padding of a grid is cut away."""
+    config, images = _llava_next(tokenizer, hf.LlavaNextConfig)
     processor = hf.LlavaNextProcessor(
         images,
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
-        chat_template=template("", "<image>\n", "", start="<s>", end="{{ ' [/INST]' if m['role'] == 'user' }}").replace(
-            "<s>{% for m in messages %}", "<s>{% for m in messages %}{{ '[INST] ' if m['role'] == 'user' }}"
-        ),
+        chat_template=_INSTRUCT,
+        num_additional_image_tokens=1,
+    )
+    return config, processor
+
+
+def llava_next_video(tokenizer: Any) -> tuple[Any, Any]:
+    """As `llava_next`, with a pooling for videos beside it."""
+    config, images = _llava_next(tokenizer, hf.LlavaNextVideoConfig, video_token_index=tokenizer.video_token_id)
+    processor = image_only(
+        "LlavaNextVideoProcessor",
+        "LlavaNextVideoVideoProcessor",
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=_INSTRUCT,
         num_additional_image_tokens=1,
     )
     return config, processor
@@ -137,5 +168,6 @@ FAMILIES = {
     "llava-siglip-qwen2": Family(llava_siglip, (*PLAIN, "<image>"), _IMAGE, norms=False),
     "fast_vlm": Family(fast_vlm, (*CHATML, "<image>"), _IMAGE),
     "llava_next": Family(llava_next, (*PLAIN, "<image>", "[INST]", "[/INST]"), _IMAGE),
+    "llava_next_video": Family(llava_next_video, (*PLAIN, "<image>", "<video>", "[INST]", "[/INST]"), _BOTH),
     "llava_onevision": Family(llava_onevision, (*CHATML, "<image>", "<video>"), _BOTH),
 }

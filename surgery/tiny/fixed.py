@@ -1,4 +1,4 @@
-"""The Gemma line: one square image, always the same number of tokens, seen by every other token of its image."""
+"""One square image, always the same number of tokens: the Gemma line, whose images see themselves, and DeepSeek-VL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers as hf
 
-from .family import Family, ids, siglip, square
+from .family import PLAIN, Family, ids, llama, siglip, square
 from .processors import template
 
 
@@ -55,10 +55,25 @@ def gemma3(tokenizer: Any) -> tuple[Any, Any]:
     return config, hf.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=chat)
 
 
+def deepseek_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """SigLIP and Llama; the image is padded to a square."""
+    config = hf.DeepseekVLConfig(
+        vision_config=siglip(32, vision_use_head=False),
+        text_config=llama(**ids(tokenizer)),
+        image_token_id=tokenizer.image_token_id,
+    )
+    images = hf.DeepseekVLImageProcessorPil(size=square(32), min_size=8)
+    chat = template(
+        "{{ m['role'].capitalize() }}: ", "<image_placeholder>", "Assistant:", start="<s>", end="{{ '\n\n' }}"
+    )
+    return config, hf.DeepseekVLProcessor(images, tokenizer, num_image_tokens=16, chat_template=chat)
+
+
 _GEMMA = ("<pad>", "<bos>", "<eos>")
 _TURNS = ("<start_of_turn>", "<end_of_turn>")
 
 FAMILIES = {
+    "deepseek_vl": Family(deepseek_vl, (*PLAIN, "<image_placeholder>"), {"image_token": "<image_placeholder>"}),
     "paligemma": Family(paligemma, (*_GEMMA, "<image>"), {"image_token": "<image>"}, embeddings=0.03),
     "gemma3": Family(
         gemma3,

@@ -136,6 +136,104 @@ def lfm2_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, hf.Lfm2VlProcessor(images, tokenizer, chat_template=chat)
 
 
+def lighton_ocr(tokenizer: Any) -> tuple[Any, Any]:
+    """A Pixtral tower whose patches are merged 2x2, and a Qwen3; no break tokens."""
+    config = hf.LightOnOcrConfig(
+        vision_config=pixtral_tower(),
+        text_config={
+            "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 32,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, **ids(tokenizer),
+        },
+        image_token_id=tokenizer.image_token_id,
+        spatial_merge_size=2,
+    )  # fmt: skip
+    images = hf.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size={"height": _PATCH, "width": _PATCH})
+    chat = template("<|im_start|>{{ m['role'] }}\n", "<|image_pad|>", "<|im_start|>assistant\n", end="<|im_end|>\n")
+    return config, processor_class("LightOnOcrProcessor")(
+        images, tokenizer, patch_size=_PATCH, spatial_merge_size=2, chat_template=chat
+    )
+
+
+def glm4v(tokenizer: Any) -> tuple[Any, Any]:
+    """Interpolated position embeddings, patches merged 2x2, three rotary axes over half of a head."""
+    token = tokenizer.convert_tokens_to_ids
+    config = hf.Glm4vConfig(
+        vision_config={
+            "depth": 4, "hidden_size": 64, "intermediate_size": 88, "num_heads": 2, "patch_size": _PATCH,
+            "image_size": 48, "out_hidden_size": 96,
+        },
+        text_config={
+            "hidden_size": 96, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "max_position_embeddings": 512, **ids(tokenizer),
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+            },
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        image_start_token_id=token("<|begin_of_image|>"),
+        image_end_token_id=token("<|end_of_image|>"),
+        video_start_token_id=token("<|begin_of_video|>"),
+        video_end_token_id=token("<|end_of_video|>"),
+    )  # fmt: skip
+    unit = 2 * (2 * _PATCH) ** 2  # this size counts both frames of a patch
+    images = hf.Glm4vImageProcessorPil(
+        size={"shortest_edge": 4 * unit, "longest_edge": 36 * unit}, patch_size=_PATCH, merge_size=2
+    )
+    chat = template(
+        "<|{{ m['role'] }}|>\n", "<|begin_of_image|><|image|><|end_of_image|>", "<|assistant|>\n", start="[gMASK]<sop>"
+    )
+    return config, image_only("Glm4vProcessor", "Glm4vVideoProcessor", images, tokenizer, chat_template=chat)
+
+
+def gemma4(tokenizer: Any) -> tuple[Any, Any]:
+    """Patches pooled 3x3 to at most 70 tokens; wider heads in the full layer; an embedding for every layer."""
+    config = hf.Gemma4Config(
+        vision_config={
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 128,
+        },
+        text_config={
+            "hidden_size": 96, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer),
+            "final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision",
+            "max_position_embeddings": 512, **ids(tokenizer),
+        },
+        audio_config=None,
+        image_token_id=tokenizer.image_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        audio_token_id=tokenizer.audio_token_id,
+    )  # fmt: skip
+    chat = template(
+        "<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n",
+        "<|image|>",
+        "<|turn>model\n",
+        start="<bos>",
+        end="<turn|>\n",
+    )
+    processor = image_only(
+        "Gemma4Processor",
+        "Gemma4VideoProcessor",
+        hf.Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70),
+        tokenizer,
+        feature_extractor=hf.Gemma4AudioFeatureExtractor(),
+        image_seq_length=70,
+        chat_template=chat,
+    )
+    return config, processor
+
+
+_GEMMA4_NAMES = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+_GEMMA4_NAMES |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+_GEMMA4 = ("<pad>", "<bos>", "<eos>", "<|turn>", "<turn|>", "<|video|>", *_GEMMA4_NAMES.values())
+_GLM = ("<|endoftext|>", "[gMASK]", "<|user|>", "<sop>", "<|assistant|>", "<|begin_of_image|>", "<|end_of_image|>")
+_GLM += ("<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>")
+_LIGHT_NAMES = {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>"}
+_LIGHT_NAMES |= {"image_end_token": "<|vision_end|>"}
 _LFM2_NAMES = {
     "image_token": "<image>",
     "image_start_token": "<|image_start|>",
@@ -150,6 +248,9 @@ _QWEN_NAMES |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<
 _PIXTRAL = (*PLAIN, "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]")
 
 FAMILIES = {
+    "gemma4": Family(gemma4, _GEMMA4, _GEMMA4_NAMES, embeddings=0.03),
+    "glm4v": Family(glm4v, _GLM, {"image_token": "<|image|>", "video_token": "<|video|>"}),
+    "lighton_ocr": Family(lighton_ocr, (*CHATML, *_LIGHT_NAMES.values()), _LIGHT_NAMES),
     "lfm2_vl": Family(lfm2_vl, _LFM2_TOKENS, _LFM2_NAMES),
     "qwen2_vl": Family(qwen2_vl, _QWEN_TOKENS, _QWEN_NAMES),
     "qwen2_5_vl": Family(qwen2_5_vl, _QWEN_TOKENS, _QWEN_NAMES),

@@ -59,4 +59,7 @@ def template(turn: str, image: str, reply: str, *, start: str = "", end: str = "
 
 def image_only(name: str, video: str, images: Any, tokenizer: Any, **options: Any) -> Any:
     """A processor of transformers with a stand-in for its `video` half, which torchvision alone could build."""
-    return processor_class(name)(images, tokenizer, NoVideo(video_processor_type=video), **options)
+    stock = processor_class(name)
+    return stock(
+        image_processor=images, tokenizer=tokenizer, video_processor=NoVideo(video_processor_type=video), **options
+    )
