@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -258,6 +259,20 @@ def test_the_class_is_found_by_the_models_type(folders: Path, tmp_path: Path) ->
     assert type(open_processor(tmp_path).inner).__name__ == "LlavaProcessor"
 
 
+def test_a_folder_that_says_nothing_about_videos_opens(folders: Path, tmp_path: Path) -> None:
+    for path in (folders / "qwen2_vl").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    assert config.pop("video_processor")
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    assert open_processor(tmp_path).video_processor.to_dict() == {}
+
+
+def test_a_copy_is_a_processor(folders: Path) -> None:
+    processor = copy.deepcopy(open_processor(folders / "qwen2_vl"))
+    assert processor(text="What is it?")["input_ids"].size > 0
+
+
 # --- what is put into a prompt ---
 
 
@@ -334,6 +349,7 @@ def broken(folder: Path, name: str, content: str | None) -> None:
         ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": null}'),
         ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": {"size": "large"}}'),
         ("processor_config.json", '{"processor_class": "CLIPModel"}'),
+        ("processor_config.json", '{"processor_class": "InstructBlipProcessor"}'),  # wants a second tokenizer
         ("processor_config.json", None),
         ("tokenizer.json", '{"version": "1.0"'),
         ("tokenizer.json", "{}"),
@@ -353,6 +369,13 @@ def test_damaged_files_are_named_without_a_traceback(
         open_processor(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.hint and caught.value.__cause__ is not None
+
+
+def test_an_image_processor_of_torchvision_is_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchvision is installed `backend="pil"` is a wish: what has no PIL backend opens with the other."""
+    monkeypatch.setattr(CLIPImageProcessorPil, "backend", "torchvision")
+    with pytest.raises(ModelError, match="`CLIPImageProcessorPil` needs torchvision"):
+        open_processor(folders / "llava")
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
@@ -415,6 +438,16 @@ def test_lfm2_grids_are_torchvisions(size: tuple[int, int]) -> None:
     assert made["pixel_values"].shape == (tiles, 64, 48)
     assert made["spatial_shapes"][-1].tolist() == [height // 4, width // 4]
     assert made["pixel_attention_mask"].sum(axis=1).tolist() == made["spatial_shapes"].prod(axis=1).tolist()
+
+
+@pytest.mark.parametrize("size", [(100, 80), (250, 200)])
+def test_lfm2_breaks_ties_as_torchvision(size: tuple[int, int]) -> None:
+    """5:4 is as far from two tiles abreast as from two tiles stacked; transformers takes what a set has first."""
+    processor = Lfm2VlImageProcessorPil(
+        tile_size=32, encoder_patch_size=4, min_image_tokens=4, max_image_tokens=16, max_tiles=2
+    )
+    made = processor([Image.new("RGB", size)], return_row_col_info=True, return_tensors="np")
+    assert (made["image_rows"].item(), made["image_cols"].item()) == (1, 2)
 
 
 def test_lfm2_refuses_what_its_rows_cannot_hold() -> None:
