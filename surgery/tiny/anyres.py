@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers as hf
-from transformers.utils import is_timm_available, is_torchvision_available
+from transformers.utils.import_utils import is_timm_available, is_torchvision_available
 
 from ...errors import ModelError
-from .family import CHATML, PLAIN, Family, clip, ids, llama, qwen2, siglip, square
+from .family import CHATML, PLAIN, Family, clip, hf, ids, llama, qwen2, siglip, square
 from .processors import image_only, template
 
 _VICUNA = template("{{ m['role'].upper() }}: ", "<image>\n", "ASSISTANT:", end=" ")

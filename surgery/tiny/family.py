@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers as hf
+import transformers
 
+hf: Any = transformers  # type checkers know too few of the arguments that its configs take
 PLAIN = ("<pad>", "<s>", "</s>")
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

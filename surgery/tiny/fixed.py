@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers as hf
-
-from .family import PLAIN, Family, ids, llama, siglip, square
+from .family import PLAIN, Family, hf, ids, llama, siglip, square
 from .processors import template
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers as hf
-
 from ...processors.lfm2 import Lfm2VlImageProcessorPil
 from ...processors.opening import processor_class
-from .family import CHATML, PLAIN, Family, ids, mistral, pixtral_tower
+from .family import CHATML, PLAIN, Family, hf, ids, mistral, pixtral_tower
 from .processors import image_only, template
 
 _PATCH = 8

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers as hf
-
 from ...processors.cohere2 import Cohere2VisionImageProcessorPil
-from .family import CHATML, Family, ids, llama, qwen2, siglip, square
+from .family import CHATML, Family, hf, ids, llama, qwen2, siglip, square
 from .processors import image_only, template
 
 _ROWS = tuple(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
@@ -125,7 +123,8 @@ def cohere2_vision(tokenizer: Any) -> tuple[Any, Any]:
         downsample_factor=2,
         alignment_intermediate_size=88,
     )
-    images = Cohere2VisionImageProcessorPil(size=square(32), max_patches=4, patch_size=2)  # 2x2 tokens per tile
+    images_of: Any = Cohere2VisionImageProcessorPil
+    images = images_of(size=square(32), max_patches=4, patch_size=2)  # 2x2 tokens per tile
     processor = hf.Cohere2VisionProcessor(images, tokenizer, chat_template=_COHERE.replace("IMAGE", "<|IMG_PATCH|>"))
     return config, processor
 
@@ -182,7 +181,7 @@ _OVIS = ("<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IM
 _LLAMA3 = ("<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 _WRAP = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *_ROWS)
 _INTERN = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-_INTERN_NAMES = dict(
+_INTERN_NAMES: dict[str, str] = dict(
     zip(("start_image_token", "end_image_token", "context_image_token", "video_token"), _INTERN, strict=True)
 )
 
