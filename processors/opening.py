@@ -25,7 +25,11 @@ _NAMING = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json",
 )  # fmt: skip
 # Image processors that transformers has for torchvision only, and the modules of ours.
-_TWINS = {"Lfm2VlImageProcessor": ".lfm2", "Cohere2VisionImageProcessor": ".cohere2"}
+_TWINS = {
+    "Cohere2VisionImageProcessor": ".cohere2",
+    "Lfm2VlImageProcessor": ".lfm2",
+    "PerceptionLMImageProcessor": ".perception",
+}
 
 
 class Processor:
@@ -72,7 +76,13 @@ class Processor:
         except ValueError as error:
             raise BundleError(f"the processor refuses the prompt: {error}", hint="one placeholder per image") from error
         # PaliGemma makes training labels out of every prompt.
-        return {name: np.asarray(value) for name, value in made.items() if name != "labels"}
+        arrays = {name: np.asarray(value) for name, value in made.items() if name != "labels"}
+        ragged = [name for name, array in arrays.items() if array.dtype == object]
+        if ragged:  # without torch, transformers packs them instead of refusing
+            raise BundleError(
+                f"the processor refuses the prompt: images of unlike `{ragged[0]}`", hint="give one image"
+            )
+        return arrays
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         """The processor's own, but a video in the conversation is refused."""

@@ -14,24 +14,33 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil, Cohere2VisionProcessor, LlavaProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3nAudioFeatureExtractor,
+    Gemma3nProcessor,
+    LlavaProcessor,
+    SiglipImageProcessorPil,
+)
 from vlmcut.errors import BundleError, ModelError
 from vlmcut.processors import open_processor
-from vlmcut.processors.cohere2 import Cohere2VisionImageProcessorPil
 from vlmcut.processors.lfm2 import Lfm2VlImageProcessorPil
+from vlmcut.processors.no_video import NoVideo
+from vlmcut.processors.opening import processor_class
+from vlmcut.processors.perception import PerceptionLMImageProcessorPil
 from vlmcut.surgery import tiny
 
-KINDS = [*tiny.kinds(), "cohere2_vision"]
+KINDS = sorted({*tiny.families.FAMILIES, "fast_vlm", "gemma3n", "perception_lm"})
 CASES: dict[str, list[tuple[int, int]]] = {  # width and height of each image of one prompt
     "small": [(40, 30)],
     "large": [(210, 130)],
     "two": [(40, 30), (90, 200)],
     "text": [],
 }
-TEXT_ONLY_REFUSED = {"paligemma"}  # its processor wants an image
+# The processor wants an image; it cannot stack images of different tile counts.
+REFUSED = {("paligemma", "text"), ("perception_lm", "two")}
 # transformers prepares these images with torchvision only. Pixels then differ by PIL's resampling, everything else is
 # bit-equal: by how many of 255 levels at most (measured 1.0 and 2.0), and what the normalization divides by.
-TWINS = {"lfm2_vl": (1.01, 0.5), "cohere2_vision": (2.1, 0.269)}
+TWINS = {"lfm2_vl": (1.01, 0.5), "cohere2_vision": (2.1, 0.269), "perception_lm": (2.01, 0.5)}
 
 SHARED = """
 import json, sys
@@ -172,15 +181,27 @@ def fast_vlm() -> LlavaProcessor:
     return LlavaProcessor(images, llava.tokenizer, **settings)
 
 
-def cohere2_vision() -> Cohere2VisionProcessor:
+def gemma3n() -> Any:
     """No tiny model yet."""
-    tokens = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>", "img_line_break_token": "<line>"}
-    tokenizer = tiny.processors.tokenizer(("<pad>", "<s>", "</s>", *tokens.values()), **tokens)
-    images = Cohere2VisionImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6, patch_size=2)
-    return Cohere2VisionProcessor(images, tokenizer, chat_template=tiny.processors.template("", "<image>", "<s>"))
+    named = {f"{name}_token": f"<{name}>" for name in ("image", "boi", "eoi", "audio", "boa", "eoa")}
+    tokenizer = tiny.processors.tokenizer(("<pad>", "<bos>", "<eos>", *named.values()), **named)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    chat = tiny.processors.template("{{ m['role'] }}\n", "<image>", "model\n", start="<bos>")
+    return Gemma3nProcessor(Gemma3nAudioFeatureExtractor(), images, tokenizer, image_seq_length=4, chat_template=chat)
 
 
-OTHERS = {"fast_vlm": fast_vlm, "cohere2_vision": cohere2_vision}
+def perception_lm() -> Any:
+    """No tiny model yet."""
+    named = {"image_token": "<|image|>", "video_token": "<|video|>"}
+    tokenizer = tiny.processors.tokenizer(("<pad>", "<s>", "</s>", *named.values()), **named)
+    images = PerceptionLMImageProcessorPil(tile_size=28, max_num_tiles=4)
+    video, chat = NoVideo(video_processor_type="PerceptionLMVideoProcessor"), ("", "<|image|>", "</s>")
+    return processor_class("PerceptionLMProcessor")(
+        video, images, tokenizer, patch_size=14, pooling_ratio=1, chat_template=tiny.processors.template(*chat)
+    )
+
+
+OTHERS = {"fast_vlm": fast_vlm, "gemma3n": gemma3n, "perception_lm": perception_lm}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +219,7 @@ def tensors(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def test_tensors_are_the_familys_own(tensors: Callable[..., dict[str, Any]], kind: str, case: str) -> None:
     free, own = tensors("free", kind, case), tensors("own", kind, case)
     assert (own.pop("labels", None) is not None) == (kind == "paligemma" and case != "text")  # for training
-    refused = kind in TEXT_ONLY_REFUSED and case == "text"
+    refused = (kind, case) in REFUSED
     assert ("error" in own, "error" in free) == (refused, refused), (own.get("error"), free.get("error"))
     if refused:
         assert str(free["error"]).startswith("BundleError: the processor refuses the prompt")
@@ -317,7 +338,7 @@ def test_a_video_is_refused(folders: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - TEXT_ONLY_REFUSED))
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"paligemma"}))
 def test_placeholders_without_images_are_refused(folders: Path, kind: str, count: int) -> None:
     processor = open_processor(folders / kind)
     with pytest.raises(BundleError, match="refuses the prompt"):
