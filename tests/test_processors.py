@@ -214,6 +214,11 @@ def tensors(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return lambda name, kind, case: dict(np.load(outs[name] / f"{kind}.{case}.npz"))
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_are_the_familys_own(tensors: Callable[..., dict[str, Any]], kind: str, case: str) -> None:
@@ -250,8 +255,7 @@ def test_a_saved_processor_is_the_same(folders: Path, tmp_path: Path, kind: str)
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "lfm2_vl", "idefics3"])
 def test_old_folders_open(folders: Path, tmp_path: Path, kind: str) -> None:
     """As on the hub: one file per part, `Fast` in the image processor's name, the template in JSON."""
-    for path in (folders / kind).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(folders / kind, tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     images, name = config.pop("image_processor"), config["processor_class"]
     config.pop("video_processor", None)
@@ -270,19 +274,29 @@ def test_old_folders_open(folders: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_the_class_is_found_by_the_models_type(folders: Path, tmp_path: Path) -> None:
-    for path in (folders / "llava").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(folders / "llava", tmp_path)
     for name in ("processor_config.json", "tokenizer_config.json"):
         config = json.loads((tmp_path / name).read_text())
         config.pop("processor_class", None)
         (tmp_path / name).write_text(json.dumps(config))
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     assert type(open_processor(tmp_path).inner).__name__ == "LlavaProcessor"
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="no file names a processor class"):
+        open_processor(tmp_path)
+
+
+def test_pixtrals_tokenizer_is_its_file(folders: Path, tmp_path: Path) -> None:
+    """Its hub folders name a class that would build another tokenizer."""
+    copy_folder(folders / "pixtral", tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}))
+    ids = [open_processor(f).tokenizer("a red square, é")["input_ids"] for f in (folders / "pixtral", tmp_path)]
+    assert ids[0] == ids[1]
 
 
 def test_a_folder_that_says_nothing_about_videos_opens(folders: Path, tmp_path: Path) -> None:
-    for path in (folders / "qwen2_vl").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(folders / "qwen2_vl", tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     assert config.pop("video_processor")
     (tmp_path / "processor_config.json").write_text(json.dumps(config))
@@ -299,8 +313,7 @@ def test_a_copy_is_a_processor(folders: Path) -> None:
 
 def test_a_template_with_a_beginning_gets_no_second_one(folders: Path, tmp_path: Path) -> None:
     """Gemma's template writes `<bos>` and its tokenizer would, too."""
-    for path in (folders / "gemma3").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(folders / "gemma3", tmp_path)
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
     plain = open_processor(tmp_path)
     bos, bos_id = plain.tokenizer.bos_token, plain.tokenizer.bos_token_id
@@ -353,40 +366,36 @@ def test_only_numpy_is_given(folders: Path) -> None:
 # --- files ---
 
 
-def broken(folder: Path, name: str, content: str | None) -> None:
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_text(content)
-
-
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "says"),
     [
-        ("processor_config.json", "{"),
-        ("processor_config.json", "[]"),
-        ("processor_config.json", "{}"),
-        ("processor_config.json", '{"processor_class": "NoSuchProcessor"}'),
-        ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": null}'),
-        ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": {"size": "large"}}'),
-        ("processor_config.json", '{"processor_class": "CLIPModel"}'),
-        ("processor_config.json", '{"processor_class": "InstructBlipProcessor"}'),  # wants a second tokenizer
-        ("processor_config.json", None),
-        ("tokenizer.json", '{"version": "1.0"'),
-        ("tokenizer.json", "{}"),
-        ("tokenizer_config.json", "\udcff"),
+        ("processor_config.json", "{", ""),
+        ("processor_config.json", "[]", "is not a JSON object"),
+        ("processor_config.json", "{}", ""),
+        ("processor_config.json", '{"processor_class": "NoSuchProcessor"}', "transformers has no `NoSuchProcessor`"),
+        ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": null}', ""),
+        ("processor_config.json", '{"processor_class": "LlavaProcessor", "image_processor": {"size": "large"}}', ""),
+        ("processor_config.json", '{"processor_class": "CLIPModel"}', ""),
+        (
+            "processor_config.json",
+            '{"processor_class": "InstructBlipProcessor", '
+            '"image_processor": {"image_processor_type": "CLIPImageProcessor"}}',
+            "wants a `qformer_tokenizer`",
+        ),
+        ("processor_config.json", None, ""),
+        ("tokenizer.json", '{"version": "1.0"', ""),
+        ("tokenizer.json", "{}", ""),
+        ("tokenizer_config.json", "\udcff", ""),
     ],
 )
 def test_damaged_files_are_named_without_a_traceback(
-    folders: Path, tmp_path: Path, name: str, content: str | None
+    folders: Path, tmp_path: Path, name: str, content: str | None, says: str
 ) -> None:
-    for path in (folders / "llava").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    if content == "\udcff":
-        (tmp_path / name).write_bytes(b"\xff\xfe{}")
-    else:
-        broken(tmp_path, name, content)
-    with pytest.raises(ModelError, match="no processor") as caught:
+    copy_folder(folders / "llava", tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(ModelError, match=f"no processor: .*{says}") as caught:
         open_processor(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.hint and caught.value.__cause__ is not None
@@ -406,8 +415,7 @@ def test_a_folder_without_a_processor_is_refused(tmp_path: Path, name: str) -> N
 
 
 def test_code_of_a_folder_runs_only_when_trusted(folders: Path, tmp_path: Path) -> None:
-    for path in (folders / "llava").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_folder(folders / "llava", tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     config |= {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own.OwnProcessor"}}
     (tmp_path / "processor_config.json").write_text(json.dumps(config))
@@ -427,6 +435,8 @@ def test_code_of_a_folder_runs_only_when_trusted(folders: Path, tmp_path: Path) 
 # under torchvision 0.28, tile_size=32, encoder_patch_size=4, min_image_tokens=4, max_image_tokens=16, max_tiles=4.
 GRIDS = {
     (4, 4): (1, 1, 16, 16),
+    (10, 7): (1, 1, 16, 24),
+    (7, 10): (1, 1, 24, 16),
     (16, 16): (1, 1, 16, 16),
     (33, 31): (1, 1, 32, 32),
     (40, 30): (1, 1, 24, 32),
@@ -446,12 +456,18 @@ GRIDS = {
 }
 
 
+def lfm2(size: tuple[int, int], **settings: Any) -> dict[str, Any]:
+    """One image through LFM2-VL's image processing, with 4x4 patches and tiles of 32x32 pixels."""
+    processor = Lfm2VlImageProcessorPil(
+        tile_size=32, encoder_patch_size=4, min_image_tokens=4, max_image_tokens=16, **settings
+    )
+    assert processor.max_num_patches == 64
+    return dict(processor([Image.new("RGB", size)], return_row_col_info=True, return_tensors="np"))
+
+
 @pytest.mark.parametrize("size", GRIDS)
 def test_lfm2_grids_are_torchvisions(size: tuple[int, int]) -> None:
-    processor = Lfm2VlImageProcessorPil(
-        tile_size=32, encoder_patch_size=4, min_image_tokens=4, max_image_tokens=16, max_tiles=4
-    )
-    made = processor([Image.new("RGB", size)], return_row_col_info=True, return_tensors="np")
+    made = lfm2(size, max_tiles=4)
     rows, columns, height, width = GRIDS[size]
     assert (made["image_rows"].item(), made["image_cols"].item()) == (rows, columns)
     assert made["image_sizes"].tolist() == [[height, width]]
@@ -461,14 +477,25 @@ def test_lfm2_grids_are_torchvisions(size: tuple[int, int]) -> None:
     assert made["pixel_attention_mask"].sum(axis=1).tolist() == made["spatial_shapes"].prod(axis=1).tolist()
 
 
-@pytest.mark.parametrize("size", [(100, 80), (250, 200)])
-def test_lfm2_breaks_ties_as_torchvision(size: tuple[int, int]) -> None:
-    """5:4 is as far from two tiles abreast as from two tiles stacked; transformers takes what a set has first."""
-    processor = Lfm2VlImageProcessorPil(
-        tile_size=32, encoder_patch_size=4, min_image_tokens=4, max_image_tokens=16, max_tiles=2
-    )
-    made = processor([Image.new("RGB", size)], return_row_col_info=True, return_tensors="np")
-    assert (made["image_rows"].item(), made["image_cols"].item()) == (1, 2)
+@pytest.mark.parametrize(
+    ("settings", "rows", "columns", "tiles"),
+    [
+        ({"max_tiles": 2}, 1, 2, 3),  # 5:4 is as far from two tiles abreast as from two tiles stacked
+        ({"max_tiles": 4, "use_thumbnail": False}, 2, 2, 4),
+        ({"min_tiles": 1, "max_tiles": 1}, 1, 1, 1),
+        ({"do_image_splitting": False}, 1, 1, 1),
+    ],
+)
+def test_lfm2_settings_are_torchvisions(settings: dict[str, Any], rows: int, columns: int, tiles: int) -> None:
+    made = lfm2((100, 80), **settings)
+    assert (made["image_rows"].item(), made["image_cols"].item(), len(made["pixel_values"])) == (rows, columns, tiles)
+    assert made["image_sizes"].tolist() == [[24, 32]]
+
+
+def test_lfm2_tells_of_its_grid_only_when_asked() -> None:
+    processor = Lfm2VlImageProcessorPil()
+    made = processor([Image.new("RGB", (40, 30))], return_tensors="np")
+    assert set(made) == {"pixel_values", "pixel_attention_mask", "spatial_shapes"} == set(processor.model_input_names)
 
 
 def test_lfm2_refuses_what_its_rows_cannot_hold() -> None:
