@@ -71,6 +71,10 @@ class Processor:
         bos = self.inner.tokenizer.bos_token
         if bos and text.startswith(bos):
             options["add_special_tokens"] = False
+        if not images and type(self.inner).__name__ == "PaliGemmaProcessor":
+            # It takes no prompt without an image; what follows its image tokens is this.
+            made = self.inner.tokenizer(f"{bos}{text}\n", add_special_tokens=False, return_tensors="np")
+            return {name: np.asarray(value) for name, value in made.items()}
         try:
             made = self.inner(images=list(images) if images else None, text=text, **options)
         except ValueError as error:

@@ -94,9 +94,7 @@ def _grid(height: int, width: int, side: int, most: int) -> tuple[int, int]:
     return max(by_ratio[min(r for r in by_ratio if r > ratio)], key=lambda shape: shape[0])
 
 
-def _shorter_side(height: int, width: int, scale: float) -> float:
-    """Of the image after scaling, in pixels; rounded as transformers rounds it, for ties are decided by it."""
-    if width == height:
-        return scale * height
+def _shorter_side(height: int, width: int, scale: float) -> int:
+    """Of the image after scaling, in pixels; rounded in transformers' order, for it decides ties."""
     ratio = width / height
     return math.floor(scale * width / ratio) if ratio > 1 else math.floor(scale * height * ratio)

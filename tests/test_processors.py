@@ -37,8 +37,7 @@ CASES: dict[str, list[tuple[int, int]]] = {  # width and height of each image of
     "two": [(40, 30), (90, 200)],
     "text": [],
 }
-# The processor wants an image; it cannot stack images of different tile counts.
-REFUSED = {("paligemma", "text"), ("perception_lm", "two")}
+REFUSED = {("perception_lm", "two")}  # images of different tile counts cannot be stacked
 # transformers prepares these images with torchvision only. Pixels then differ by PIL's resampling, everything else is
 # bit-equal: by how many of 255 levels at most (measured 1.0 and 2.0), and what the normalization divides by.
 TWINS = {"lfm2_vl": (1.01, 0.5), "cohere2_vision": (2.1, 0.269), "perception_lm": (2.01, 0.5)}
@@ -225,10 +224,15 @@ def copy_folder(source: Path, target: Path) -> None:
 def test_tensors_are_the_familys_own(tensors: Callable[..., dict[str, Any]], kind: str, case: str) -> None:
     free, own = tensors("free", kind, case), tensors("own", kind, case)
     assert (own.pop("labels", None) is not None) == (kind == "paligemma" and case != "text")  # for training
+    if (kind, case) == ("paligemma", "text"):  # its processor wants an image: the rest of such a prompt
+        assert "`images` are expected" in str(own["error"])
+        (ids,) = tensors("free", kind, "small")["input_ids"]
+        assert free["input_ids"].tolist() == [ids[ids != ids[0]].tolist()]
+        return
     refused = (kind, case) in REFUSED
     assert ("error" in own, "error" in free) == (refused, refused), (own.get("error"), free.get("error"))
     if refused:
-        assert str(free["error"]).startswith("BundleError: the processor refuses the prompt")
+        assert str(free["error"]).startswith("BundleError: the processor refuses the prompt: images of unlike")
         return
     assert free.keys() == own.keys() and ("pixel_values" in free) == (case != "text")
     for name in own:
@@ -509,8 +513,10 @@ def test_lfm2_refuses_what_its_rows_cannot_hold() -> None:
 @pytest.mark.parametrize(
     ("size", "rows", "columns"),
     [
-        ((16, 16), 2, 2), ((10, 40), 4, 1), ((33, 31), 2, 3), ((60, 20), 2, 4),  # an image that fits is enlarged
-        ((100, 80), 2, 2), ((500, 20), 1, 8), ((20, 500), 8, 1), ((90, 31), 2, 4),  # one that does not is shrunk
+        # enlarged: the image fits into a grid
+        ((3, 19), 6, 1), ((19, 3), 1, 7), ((16, 16), 2, 2), ((10, 40), 4, 1), ((33, 31), 2, 3), ((60, 20), 2, 4),
+        # shrunk: none is large enough
+        ((100, 80), 2, 2), ((500, 20), 1, 8), ((20, 500), 8, 1), ((90, 31), 2, 4),
     ],
 )  # fmt: skip
 def test_perception_lms_grids_are_torchvisions(size: tuple[int, int], rows: int, columns: int) -> None:
