@@ -155,8 +155,10 @@ def answer_loss(language_model, lm_head, embedded, segment, position, labels):
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     visible = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    # Added to the scores, as every implementation of attention understands it; of a boolean one, eager makes +1 and +0.
+    mask = torch.zeros(visible.shape, device=segment.device).masked_fill(~(causal & visible), -1e30)[:, None]
     states = language_model(
-        inputs_embeds=embedded, attention_mask=(causal & visible)[:, None], position_ids=position, use_cache=False
+        inputs_embeds=embedded, attention_mask=mask, position_ids=position, use_cache=False
     ).last_hidden_state
     target = labels[:, 1:]
     asked = target != IGNORE
