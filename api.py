@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
 from .pipeline import Plan, Progress, Request
 from .surgery.anatomy import Anatomy, costs, kv_bytes
+from .validation.survey import Row
+from .validation.survey import survey as tried
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ def convert(model: str, out: str | Path, *, progress: Progress = lambda _: None,
     return pipeline.convert(Request(model=model, **request), Path(out), progress)
 
 
+def survey(kinds: Iterable[str] | None = None, *, export: bool = True) -> Iterator[Row]:
+    """Try image-text-to-text types of transformers with tiny random models, one after the other.
+
+    Args:
+        kinds: model types; all that transformers registers for None.
+        export: also cut, export and prove each; a few tens of seconds per type.
+    """
+    return tried(kinds, export=export)
+
+
 def to_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
     budget = planned.budgets[0]
@@ -71,7 +84,7 @@ def to_json(planned: Plan) -> dict[str, Any]:
         return {
             "anatomy": a.to_json(),
             "costs": [dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)],
-            "kv_bytes": kv_bytes(a, budget.images * a.keep + budget.text_tokens + budget.new_tokens),
+            "kv_bytes": kv_bytes(a, budget.images * max(a.keep) + budget.text_tokens + budget.new_tokens),
         }
 
     return {
@@ -93,9 +106,9 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         note = "; ".join([f"1 to {a.visual_tokens} tokens per image", *step.notes(trimmed)])
         found.append(_try(f"{PruneTokens.name} {name}", step, trimmed, note))
     for part in ("vision", "language"):
-        heads = trimmed.tower.heads[0] if part == "vision" else a.language.kv_heads[0]
+        heads = max(trimmed.tower.heads if part == "vision" else a.language.kv_heads, default=0)
         kind = "heads" if part == "vision" else "KV heads"
-        step = DropHeads(part=part, fraction=1 / heads)
+        step = DropHeads(part=part, fraction=min(1 / max(heads, 1), 0.99))
         found.append(_try(f"{DropHeads.name} {part}", step, trimmed, f"{heads} {kind} per layer"))
         layers = trimmed.tower.layers if part == "vision" else a.language.layers
         found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))

@@ -38,11 +38,15 @@ Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub id brings.")]
+ImageSize = Annotated[
+    str | None, typer.Option("--image-size", help="Pixels HxW of the images to take; several: 336x672,672x336.")
+]
 Images = Annotated[int, typer.Option("--images", help="Most images in one prompt.")]
 TextTokens = Annotated[int, typer.Option("--text-tokens", help="Room for text in a prompt.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Most tokens of an answer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Provider = Annotated[str, typer.Option("--provider", help="cpu or cuda.")]
+Fit = Annotated[bool, typer.Option("--fit", help="Resize an image whose size the bundle does not take.")]
 OneKeep = Annotated[int | None, typer.Option("--keep", help="Which budget, by tokens kept per image.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="New folder; an existing one is refused.")]
 
@@ -60,6 +64,7 @@ def convert(
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
+    image_size: ImageSize = None,
     images: Images = 1,
     text_tokens: TextTokens = 128,
     new_tokens: NewTokens = 128,
@@ -79,7 +84,7 @@ def convert(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
         target=target,
         dtype=dtype,
         images=images,
@@ -122,7 +127,7 @@ def convert(
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, or tiny:llava (random, offline).")] = None,
     prune: Prune = None,
     keep: Keep = None,
     method: Method = "fastervlm",
@@ -130,9 +135,14 @@ def inspect(
     drop_layers: DropLayers = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
+    image_size: ImageSize = None,
     images: Images = 1,
     text_tokens: TextTokens = 128,
     new_tokens: NewTokens = 128,
+    all_transformers: Annotated[
+        bool, typer.Option("--all-transformers", help="Try every type that transformers registers, on tiny models.")
+    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="With --all-transformers: read only, export nothing.")] = False,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -141,8 +151,17 @@ def inspect(
     from vlmcut import pipeline as api
     from vlmcut.api import verdicts
 
+    if all_transformers:
+        if model is not None:
+            raise typer.BadParameter("--all-transformers takes no MODEL")
+        _survey(eager, as_json)
+        return
+    if model is None:
+        raise typer.BadParameter("inspect needs a MODEL (or --all-transformers)")
+    if eager:
+        raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -168,6 +187,7 @@ def cut(
     drop_layers: DropLayers = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
+    image_size: ImageSize = None,
     calibration: Calibration = None,
     seed: Seed = 0,
     revision: Revision = None,
@@ -177,7 +197,7 @@ def cut(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
         calibration=calibration,
         seed=seed,
         revision=revision,
@@ -223,13 +243,14 @@ def run(
     keep: OneKeep = None,
     provider: Provider = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
+    fit: Fit = False,
 ) -> None:
     """Answer a question about pictures, streaming; needs no torch."""
     from vlmcut.runtime.bundle import Bundle
 
     model = Bundle(bundle, keep=keep, provider=provider, threads=threads)
     started = False
-    for piece in model.stream(image or [], prompt, max_new_tokens):
+    for piece in model.stream(image or [], prompt, max_new_tokens, fit=fit):
         print(piece if started else piece.lstrip(), end="", flush=True)
         started = True
     print()
@@ -271,6 +292,7 @@ def overlay(
     image: Annotated[Path, typer.Option("--image", "-i", help="An image.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; an existing one is refused.")],
     keep: OneKeep = None,
+    fit: Fit = False,
 ) -> None:
     """Draw the tokens that reach the language model on the picture."""
     from vlmcut.exporters.staging import refuse_existing, staged_file
@@ -279,10 +301,10 @@ def overlay(
 
     refuse_existing(out)
     model = Bundle(bundle, keep=keep)
-    drawing, kept = draw(model, image)
+    drawing, kept, tokens = draw(model, image, fit=fit)
     with staged_file(out) as path:
         drawing.save(path, format="PNG")
-    print(f"{out}: {len(kept)} of {model.manifest.visual_tokens_full} tokens kept")
+    print(f"{out}: {len(kept)} of {tokens} tokens kept")
 
 
 @app.command()
@@ -345,6 +367,23 @@ def passes(as_json: AsJson = False) -> None:
         print(f"  {name:<13} {row.summary}; {row.source}")
 
 
+def _survey(eager: bool, as_json: bool) -> None:
+    import dataclasses
+
+    from vlmcut.api import survey
+    from vlmcut.validation.survey import counts, line
+
+    found = []
+    for row in survey(export=not eager):
+        found.append(row)
+        if not as_json:
+            print(line(row), flush=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in found], indent=1))
+    else:
+        print(counts(found))
+
+
 def _cuts(
     model: str,
     prune: float | None,
@@ -354,6 +393,7 @@ def _cuts(
     drop_layers: str | None,
     quantize: str,
     recipe: Path | None,
+    image_size: str | None,
 ) -> dict[str, Any]:
     return {
         "model": model,
@@ -364,6 +404,7 @@ def _cuts(
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
         "quantize": quantize,
         "recipe": recipe,
+        "image_size": () if image_size is None else tuple(_size(text) for text in image_size.split(",")),
     }
 
 
@@ -372,6 +413,13 @@ def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
         return [kind(t) for t in texts]
     except ValueError as error:
         raise typer.BadParameter(f"{flag} {','.join(texts)}: {error}") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise typer.BadParameter(f"--image-size {text}: write height x width in pixels, for example 336x672")
+    return int(height), int(width)
 
 
 def _pairs(flag: str, text: str | None, kind: type) -> dict[str, Any]:
@@ -400,16 +448,17 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
     a, b = planned.before, planned.after
     kept = "all kept"
     if b.method is not None:
-        kept = f"{'/'.join(str(x.visual_tokens) for x in planned.budgets)} kept by {b.method}"
+        kept = f"{', '.join('/'.join(map(str, keep)) for keep in planned.keeps)} kept by {b.method}"
+    sizes = ", ".join(f"{bucket.name} px: {bucket.tokens}" for bucket in a.buckets)
     lines = [
-        f"model    {request.model}: {a.tower.kind} + {a.language.kind}",
+        f"model    {request.model}: {a.family}, {a.tower.kind} + {a.language.kind}",
         f"tower    {_change(a.tower.layers, b.tower.layers)} layers, "
-        f"{_change(a.tower.heads[0], b.tower.heads[0])} heads, hidden {a.tower.hidden}, "
-        f"{a.tower.image_size} px in patches of {a.tower.patch_size}",
+        f"{_change(max(a.tower.heads, default=0), max(b.tower.heads, default=0))} heads, hidden {a.tower.hidden}, "
+        f"patches of {a.tower.patch_size} px",
         f"language {_change(a.language.layers, b.language.layers)} layers, "
-        f"{_change(a.language.heads[0], b.language.heads[0])} heads in "
-        f"{_change(a.language.kv_heads[0], b.language.kv_heads[0])} KV groups, hidden {a.language.hidden}",
-        f"tokens   {a.visual_tokens} visual tokens per image, {kept}",
+        f"{_change(max(a.language.heads), max(b.language.heads))} heads in "
+        f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, hidden {a.language.hidden}",
+        f"tokens   {sizes} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]
     for budget in planned.budgets:

@@ -1,6 +1,6 @@
 """`manifest.json`: what a bundle holds, as plain dataclasses shared by the writer and the torch-free runner.
 
-Schema 1. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
+Schema 2. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,64 @@ from typing import Any
 
 from .errors import BundleError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A raster of visual tokens that follow each other, and the part of the picture that they show."""
+
+    rows: int
+    columns: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # top, left, bottom, right, of the picture's size
+    line_breaks: bool = False  # whether one more token ends each row
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * (self.columns + self.line_breaks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """One geometry that an image may have; every number of it is a constant in the vision graph.
+
+    A family with one fixed image size has one bucket, into which every picture falls.
+    """
+
+    size: tuple[int, int]  # pixels, height and width of a picture that falls into it
+    geometry: dict[str, tuple[int, ...]]  # what the processor makes of it: shape of pixel_values, image_sizes, grids
+    tokens: int  # visual tokens before pruning; placeholders that the processor writes
+    panels: tuple[Panel, ...] = ()  # where its tokens lie in the picture, in order; empty if nobody knows
+
+    @property
+    def line_breaks(self) -> tuple[int, ...]:
+        """Positions of the tokens that only say that a row ends."""
+        found, start = [], 0
+        for panel in self.panels:
+            width = panel.columns + panel.line_breaks
+            found += [start + (row + 1) * width - 1 for row in range(panel.rows) if panel.line_breaks]
+            start += panel.tokens
+        return tuple(found)
+
+    @property
+    def name(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a family lays out a prompt; the host computes it, the graphs do not."""
+
+    image_token_id: int  # the placeholder
+    positions: str = "compact"  # compact: 0, 1, 2, … after the cut; mrope: rows t, h, w of the full prompt, gathered
+    first_position: int = 0
+    merge: int = 1  # patches along one side of a visual token; what M-RoPE grids are divided by
+
+    @property
+    def axes(self) -> int:
+        """Rows of `position_ids`."""
+        return 3 if self.positions == "mrope" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +82,7 @@ class TokenBudget:
     """
 
     images: int  # most images in one prompt
-    visual_tokens: int  # tokens that one image keeps
+    visual_tokens: int  # tokens that one image keeps, at most (in the largest bucket)
     text_tokens: int  # room for everything that is not an image
     new_tokens: int  # most tokens generated after the prompt
 
@@ -56,6 +112,7 @@ class GraphInfo:
 
     role: str
     budget: int  # index into `budgets`
+    bucket: int  # index into `buckets`; 0 for prefill and decode, which serve them all
     file: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
@@ -83,12 +140,10 @@ class Manifest:
     recipe: list[dict[str, Any]]  # resolved, as in recipe.toml
     target: str  # onnx, rtx, trt
     dtype: str  # float32, float16
-    image_token_id: int
-    visual_tokens_full: int  # tokens one image makes before pruning; what the processor writes
-    grid: tuple[int, int]  # rows, columns of patches, for drawing kept tokens
+    layout: Layout
+    buckets: tuple[Bucket, ...]
     budgets: tuple[TokenBudget, ...]
     graphs: dict[str, GraphInfo]
-    cache_shapes: tuple[tuple[int, int], ...]  # (KV heads, head_dim) per language layer
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # path -> {sha256, bytes}
     tools: dict[str, str] = field(default_factory=dict)
     exactness: dict[str, Any] = field(default_factory=dict)  # {ok, rows, tokens, ...}
@@ -97,11 +152,14 @@ class Manifest:
     builds: dict[str, Any] = field(default_factory=dict)  # engine name -> build report; "deferred" when not built
     schema: int = SCHEMA
 
-    def graph(self, role: str, budget: int) -> GraphInfo:
-        """The graph of `role` for the budget with index `budget`."""
-        found = next((g for g in self.graphs.values() if g.role == role and g.budget == budget), None)
+    def graph(self, role: str, budget: int, bucket: int = 0) -> GraphInfo:
+        """The graph of `role` for the budget and the bucket with these indices."""
+        wanted = (role, budget, bucket)
+        found = next((g for g in self.graphs.values() if (g.role, g.budget, g.bucket) == wanted), None)
         if found is None:
-            raise BundleError(f"the manifest has no {role} graph for budget {budget}", hint="convert the model again")
+            raise BundleError(
+                f"the manifest has no {role} graph for budget {budget}, bucket {bucket}", hint="convert the model again"
+            )
         return found
 
     def save(self, folder: Path) -> None:
@@ -144,9 +202,16 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
     )
     fields["graphs"] = {name: _graph(g) for name, g in data["graphs"].items()}
     fields["files"] = {n: {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for n, f in data["files"].items()}
-    fields["grid"] = tuple(data["grid"])
-    fields["cache_shapes"] = tuple((int(h), int(d)) for h, d in data["cache_shapes"])
+    fields["layout"] = Layout(**data["layout"])
+    fields["buckets"] = tuple(_bucket(b) for b in data["buckets"])
     return Manifest(**fields)
+
+
+def _bucket(data: Mapping[str, Any]) -> Bucket:
+    geometry = {name: tuple(int(n) for n in numbers) for name, numbers in data["geometry"].items()}
+    height, width = data["size"]
+    panels = tuple(Panel(**{**panel, "box": tuple(panel["box"])}) for panel in data["panels"])
+    return Bucket(size=(int(height), int(width)), geometry=geometry, tokens=int(data["tokens"]), panels=panels)
 
 
 def _graph(data: Mapping[str, Any]) -> GraphInfo:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from .errors import ExportError, ParityError, PassError, VlmcutError, nearest
+from .errors import ExportError, PassError, VlmcutError, nearest
 from .exporters import engines
 from .exporters.build import build_engines, seal
 from .exporters.graphs import keeping, write_graphs
@@ -28,19 +29,18 @@ from .manifest import Manifest, TokenBudget
 from .passes import folder as cut_folder
 from .passes import recipe as recipes
 from .passes.calibration import read_calibration
-from .passes.prune_tokens import kept_tokens
 from .passes.recipe import Recipe
 from .runtime.bundle import Bundle
-from .runtime.sessions import Graphs
 from .surgery.anatomy import Anatomy
-from .surgery.load import Loaded, describe, load_config, skeleton, state_dict
-from .validation import complete, exactness, quality, report
-from .validation.exactness import Exactness
+from .surgery.load import Loaded, attach, describe, load_config, load_processor, make_buckets, skeleton, state_dict
+from .validation import complete, quality, report, stock
+from .validation.prove import prove
 
 TARGETS = ("onnx", "rtx", "trt")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "tensorrt",
           "tensorrt_rtx", "numpy", "vlmcut")  # fmt: skip
+_MOST_PIXELS = 1 << 26  # of one image; more would fill the memory before anything could be said
 
 Progress = Callable[[str], None]
 
@@ -59,6 +59,7 @@ class Request:
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
+    image_size: tuple[tuple[int, int], ...] = ()  # pixels, height and width; a bucket each, the family's own for none
     images: int = 1
     text_tokens: int = 128
     new_tokens: int = 128
@@ -79,6 +80,7 @@ class Plan:
     after: Anatomy
     recipe: Recipe
     budgets: tuple[TokenBudget, ...]
+    keeps: tuple[tuple[int, ...], ...]  # for each budget, visual tokens of an image of each bucket
     notes: tuple[str, ...]
 
 
@@ -101,14 +103,15 @@ def plan(request: Request) -> Plan:
         raise PassError(f"`{request.model}` is a cut model already", hint="cut the original model instead")
     recipe = _recipe(request, before)
     after = recipe.plan(before)
-    keeps = request.keep or (after.keep,)
-    if request.prune is not None:
-        keeps = (kept_tokens(before.visual_tokens, request.prune),)
+    keeps = tuple((k,) * len(before.buckets) for k in request.keep) or (after.keep,)
     budgets = tuple(
         TokenBudget(
-            images=request.images, visual_tokens=k, text_tokens=request.text_tokens, new_tokens=request.new_tokens
+            images=request.images,
+            visual_tokens=max(keep),
+            text_tokens=request.text_tokens,
+            new_tokens=request.new_tokens,
         )
-        for k in keeps
+        for keep in keeps
     )
     for budget in budgets:
         if budget.cache > before.language.max_positions:
@@ -124,22 +127,36 @@ def plan(request: Request) -> Plan:
             "on float32 activations",
             hint="use --target onnx --dtype float32, or --dtype float16 without --quantize",
         )
-    return Plan(before, after, recipe, budgets, tuple(recipe.notes(before)))
+    return Plan(before, after, recipe, budgets, keeps, tuple(recipe.notes(before)))
 
 
 def _schemes(recipe: Recipe) -> list[str]:
     return [table["scheme"] for table in recipe.tables() if table["name"] == "quantize"]
 
 
+def _load(request: Request) -> Loaded:
+    return cut_folder.load(
+        request.model, sizes=request.image_size, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
+
+
 def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
-    """Anatomy from the config alone, with the cuts already made if it is a cut model's folder."""
+    """Anatomy from the config and the processor alone, with the cuts already made if it is a cut model's folder."""
+    for height, width in request.image_size:
+        if min(height, width) < 1 or height * width > _MOST_PIXELS:
+            raise ExportError(
+                f"--image-size {height}x{width}: an image has 1 to {_MOST_PIXELS:,} pixels",
+                hint="write height x width in pixels, for example 336x672",
+            )
     if (Path(request.model) / cut_folder.SOURCE_CONFIG).is_file():
-        loaded = cut_folder.load(request.model)
+        loaded = _load(request)
         return describe(loaded.model), loaded.recipe
     options = {"revision": request.revision, "trust_remote_code": request.trust_remote_code}
+    config = load_config(request.model, **options)
+    buckets = make_buckets(config, load_processor(request.model, **options), request.image_size)
     with torch.device("meta"):
-        config = load_config(request.model, **options)
-        return describe(skeleton(config)), []
+        bare = skeleton(config)
+    return describe(attach(bare, buckets)), []
 
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
@@ -154,7 +171,8 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
     for k in request.keep:
         if not 1 <= k <= a.visual_tokens:
             raise PassError(
-                f"--keep {k}: `{a.family}` makes {a.visual_tokens} visual tokens per image",
+                f"--keep {k}: `{a.family}` makes {a.visual_tokens} visual tokens of an image of {a.smallest.name} "
+                "pixels",
                 hint=f"choose 1 to {a.visual_tokens}",
             )
     return recipes.from_flags(
@@ -179,7 +197,7 @@ def cut(request: Request, progress: Progress = lambda _: None) -> tuple[Loaded, 
     """
     planned = plan(request)
     progress("loading the model")
-    loaded = cut_folder.load(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    loaded = _load(request)
     return (loaded, *_apply(request, planned, loaded, progress))
 
 
@@ -227,12 +245,17 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     deferred = check_engines(request)
     questions_folder = _questions(request)
     progress("loading the model")
-    loaded = cut_folder.load(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    loaded = _load(request)
+    progress("checking that vlmcut reads this model as transformers does")
+    stock.check(loaded)
     questions = quality.read_set(loaded, questions_folder, request.questions) if questions_folder else []
     answers: dict[str, list[str]] = {}
     most = min(quality.ANSWER, request.new_tokens)  # a bundle cannot say more, so no model may
     for question in questions:  # refuses one that is over budget before any work
-        question.prompt.shrink(planned.budgets[0].visual_tokens).pad(planned.budgets[0])
+        first = [
+            np.arange(planned.keeps[0][picture.bucket(planned.before.buckets)]) for picture in question.prompt.pictures
+        ]
+        question.prompt.shrink(first).pad(planned.budgets[0])
     if questions:
         progress(f"answering {len(questions)} questions with the original model")
         answers["original"] = quality.eager_answers(loaded, questions, most)
@@ -240,11 +263,16 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     model = loaded.model.to(DTYPES[request.dtype])
     if questions:
         progress("answering with the cut model")
-        with keeping(model, planned.budgets[0].visual_tokens):
+        with keeping(model, planned.keeps[0]):
             answers["cut eager"] = quality.eager_answers(loaded, questions, most)
     with staged(out) as folder:
         graphs = write_graphs(
-            model, planned.budgets, Contrib() if request.target == "onnx" else Standard(), folder, progress
+            model,
+            planned.budgets,
+            planned.keeps,
+            Contrib() if request.target == "onnx" else Standard(),
+            folder,
+            progress,
         )
         _save_processor(loaded, folder)
         (folder / "recipe.toml").write_text(recipe.to_toml())
@@ -254,12 +282,10 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
             recipe=recipe.tables(),
             target=request.target,
             dtype=request.dtype,
-            image_token_id=a.image_token_id,
-            visual_tokens_full=a.visual_tokens,
-            grid=(a.tower.grid, a.tower.grid),
+            layout=a.layout,
+            buckets=a.buckets,
             budgets=planned.budgets,
             graphs=graphs,
-            cache_shapes=tuple((heads, a.language.head_dim) for heads in a.language.kv_heads),
             tools=tools(),
             anatomy=a.to_json() | notes,
         )
@@ -280,31 +306,6 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
         manifest = seal(manifest, folder)
         progress("publishing")
     return manifest
-
-
-def prove(model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int, progress: Progress) -> Exactness:
-    """Judge every graph of every budget and every weight; record golden tensors. Raises ParityError."""
-    graph_files = [folder / g.file for g in manifest.graphs.values()]
-    progress("checking that every weight is there")
-    if missing := complete.missing_weights(model, graph_files):
-        raise ParityError(
-            f"{len(missing)} weights of the cut model are in no graph, first `{missing[0]}`",
-            hint="a weight was changed or lost on the way; report this as a bug",
-        )
-    (folder / "golden").mkdir(exist_ok=True)
-    verdict = Exactness()
-    for index, budget in enumerate(manifest.budgets):
-        progress(f"verifying the graphs that keep {budget.visual_tokens} tokens")
-        prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
-        runner = Graphs(folder, manifest, index)
-        with keeping(model, budget.visual_tokens):
-            one, cases = exactness.measure(model, a, budget, runner, seed=seed, name=prefix)
-        cases[0].save(folder / "golden" / f"{budget.visual_tokens}.npz")
-        del runner  # its sessions hold a copy of the weights
-        verdict.merge(one)
-    if not verdict.ok:
-        raise ParityError(report.failure(verdict), hint="no bundle was written; see the worst rows above")
-    return verdict
 
 
 def check_engines(request: Request) -> str | None:

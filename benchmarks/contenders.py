@@ -27,8 +27,8 @@ from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
-from vlmcut.manifest import read
-from vlmcut.prompt import Prompt
+from vlmcut.manifest import Layout, read
+from vlmcut.prompt import Picture, Prompt, assemble
 from vlmcut.runtime import sessions
 from vlmcut.runtime.bench import peak_rss_mb
 from vlmcut.runtime.bundle import find_budget
@@ -51,11 +51,12 @@ class Inputs:
     visual_tokens: int  # of one image, before pruning
 
     def prompt(self, keep: int) -> Prompt:
-        """The prompt with `keep` placeholders."""
+        """The prompt with `keep` placeholders; which tokens they stand for makes no difference to it."""
         before, after = np.split(self.text, [TEXT_TOKENS // 4])
-        ids = np.concatenate([before, np.full(keep, self.image_token), after])
-        index = np.concatenate([np.full(len(before), -1), np.arange(keep), np.full(len(after), -1)])
-        return Prompt(ids[None], index[None], self.pixel_values, 1, keep)
+        ids = np.concatenate([before, np.full(self.visual_tokens, self.image_token), after])
+        picture = Picture(self.pixel_values, {"pixel_values": self.pixel_values.shape})
+        whole = assemble(Layout(image_token_id=self.image_token), ids[None], [picture], [self.visual_tokens])
+        return whole.shrink([np.arange(keep)])
 
 
 def read_inputs(model: Path, seed: int = 0) -> Inputs:
@@ -122,17 +123,16 @@ class Cut:
     def __init__(self, bundle: Path, inputs: Inputs, keep: int, threads: int) -> None:
         manifest = read(bundle)
         self.graphs = sessions.Graphs(bundle, manifest, find_budget(manifest, keep), threads=threads)
-        self.pixels, self.prompt = inputs.pixel_values, inputs.prompt(keep)
-        self.columns = self.prompt.pad(self.graphs.budget)
+        self.prompt = inputs.prompt(keep)
 
     def vision(self) -> Any:
-        return self.graphs.vision(self.pixels)[0]
+        return self.graphs.vision(self.prompt.pictures[0])
 
     def prefill(self, features: Any) -> np.ndarray:
-        return self.graphs.prefill(*self.columns, [features], self.prompt.length)
+        return self.graphs.prefill(self.prompt, [features])
 
     def decode(self, token: int, length: int) -> np.ndarray:
-        return self.graphs.decode(token, length)
+        return self.graphs.decode(token, self.prompt, length - self.prompt.length - 1)
 
 
 class Stock:
@@ -311,7 +311,8 @@ def profile(name: str, work: Path, *, runs: int, warmup: int, threads: int) -> d
         for _ in range(warmup + runs):
             run_once(contender, inputs, prompt_tokens(name, inputs))
         found = {}
-        for role, session in contender.graphs._sessions.items():
+        for file, session in contender.graphs._sessions.items():
+            role = Path(file).stem.partition("-")[0]
             skip = warmup * (DECODED if role == "decode" else 1)
             found[role] = _by_operator(json.loads(Path(session.end_profiling()).read_text()), skip)
     return found

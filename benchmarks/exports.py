@@ -55,7 +55,8 @@ def build(out: Path, small: bool, seed: int = 0) -> dict[str, Any]:
     )
     from vlmcut.surgery import tiny
 
-    tokenizer: Any = tiny._tokenizer()
+    processor: Any = tiny.make("llava-siglip-qwen2")[1]
+    tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(**(SMALL_VISION if small else VISION), vision_use_head=False)
     text = Qwen2Config(**(SMALL_LANGUAGE if small else LANGUAGE), tie_word_embeddings=True)
     config = LlavaConfig(
@@ -74,7 +75,9 @@ def build(out: Path, small: bool, seed: int = 0) -> dict[str, Any]:
             parameter.data.normal_(0, 0.5 / parameter[0].numel() ** 0.5)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, do_sample=False)
     model.save_pretrained(out, max_shard_size="50GB")
-    tiny._processor(tokenizer, config, cls=False).save_pretrained(out)
+    size = {"height": vision.image_size, "width": vision.image_size}
+    processor.image_processor, processor.patch_size = type(processor.image_processor)(size=size), vision.patch_size
+    processor.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(f"{out}-bf16", max_shard_size="50GB")
     return {"parameters": sum(p.numel() for p in model.parameters()), "bytes": folder_bytes(out)}
 
@@ -149,7 +152,7 @@ def export_graphs(model_folder: Path, keep: tuple[int, ...]) -> dict[str, Any]:
     peak = peak_rss_mb()
     with tempfile.TemporaryDirectory(dir=model_folder.parent) as place:
         start = time.perf_counter()
-        write_graphs(loaded.model, planned.budgets, Contrib(), Path(place))
+        write_graphs(loaded.model, planned.budgets, planned.keeps, Contrib(), Path(place))
         seconds = time.perf_counter() - start
         return _figures(Path(place), seconds, peak)
 

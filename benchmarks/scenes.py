@@ -25,7 +25,8 @@ from vlmcut.pipeline import Request, convert
 from vlmcut.prompt import Prompt
 from vlmcut.runtime.bundle import Bundle
 from vlmcut.surgery.load import describe
-from vlmcut.validation import quality, reference
+from vlmcut.surgery.talk import Talk, see_all
+from vlmcut.validation import quality
 
 MODEL = Path(__file__).parent.parent / "examples" / "scenes"
 BUNDLES: dict[str, dict[str, Any]] = {
@@ -51,28 +52,25 @@ def exactness(work: Path, count: int) -> None:
         model = loaded.model.to(getattr(torch, bundle.manifest.dtype))
         questions = quality.read_set(loaded, MODEL / "heldout")
         sample = random.Random(0).sample(questions, count)
-        asked = [q.prompt.shrink(bundle.budget.visual_tokens) for q in sample]
-        found = [_compare(model, bundle, prompt) for prompt in asked]
+        found = [_compare(model, bundle, q.prompt) for q in sample]
         tokens, equal = sum(f["tokens"] for f in found), sum(f["equal"] for f in found)
         same = sum(f["tokens"] == f["equal"] for f in found)
         ties = [gap for f in found for gap in f["gaps"]]
         shown = ", ".join(f"{gap:.2g}" for gap in ties) or "none"
         worst = max(f["error"] for f in found)
-        print(f"| {name} | {worst:.1e} | {equal} of {tokens} | {same} of {len(asked)} | {shown} |", flush=True)
+        print(f"| {name} | {worst:.1e} | {equal} of {tokens} | {same} of {len(sample)} | {shown} |", flush=True)
 
 
-def _compare(model: Any, bundle: Bundle, prompt: Prompt) -> dict[str, Any]:
+def _compare(model: Any, bundle: Bundle, whole: Prompt) -> dict[str, Any]:
     """Feed both the eager model's tokens; compare logits and what each would say next."""
-    assert prompt.pixel_values is not None
-    features, _ = bundle.see(prompt)
-    logits = bundle.graphs.prefill(*prompt.pad(bundle.budget), features, prompt.length)
-    seen = torch.stack([reference.see(model, torch.from_numpy(i)[None])[0] for i in prompt.pixel_values])
-    ids, index = torch.from_numpy(prompt.input_ids), torch.from_numpy(prompt.visual_index)
-    talk = reference.Talk.read(model, ids, index, seen)
+    prompt, sights = bundle.see(whole)
+    logits = bundle.graphs.prefill(prompt, sights)
+    shrunk, seen = see_all(model, whole)
+    talk = Talk.read(model, [shrunk], [seen])
     stop = bundle.prompter.processor.tokenizer.eos_token_id
     result: dict[str, Any] = {"tokens": 0, "equal": 0, "error": 0.0, "gaps": []}
     for step in range(bundle.budget.new_tokens):
-        eager = talk.logits.float()
+        eager = talk.logits[0].float()
         want, have = int(eager.argmax()), int(logits.argmax())
         result["error"] = max(result["error"], float((torch.from_numpy(logits) - eager).abs().max()))
         result["tokens"] += 1
@@ -81,8 +79,8 @@ def _compare(model: Any, bundle: Bundle, prompt: Prompt) -> dict[str, Any]:
             result["gaps"].append(float(eager[want] - eager[have]))
         if want == stop or step + 1 == bundle.budget.new_tokens:
             return result
-        talk = talk.say(want)
-        logits = bundle.graphs.decode(want, prompt.length + step + 1)
+        talk = talk.say(torch.tensor([want]))
+        logits = bundle.graphs.decode(want, prompt, step)
     return result
 
 
@@ -102,7 +100,7 @@ def table(prune: float, count: int) -> None:
             answers = quality.eager_answers(loaded, questions)
             original = original or answers
             agree = sum(x == y for x, y in zip(answers, original, strict=True)) / len(answers)
-            rows.append((describe(loaded.model).keep, quality.accuracy(answers, questions), agree))
+            rows.append((max(describe(loaded.model).keep), quality.accuracy(answers, questions), agree))
         right, agrees = ([100 * r[i] for r in rows] for i in (1, 2))
         spread = f" ({min(right):.1f} to {max(right):.1f}, {len(rows)} seeds)" if len(rows) > 1 else ""
         kept, mean = rows[0][0], statistics.mean(right)

@@ -1,34 +1,39 @@
-"""The three graphs of a budget as modules of plain tensors with example inputs of their final shapes.
+"""The three kinds of graph of a budget as modules of plain tensors with example inputs of their final shapes.
 
 | graph | input | shape | dtype |
 |---|---|---|---|
-| vision | pixel_values | [1, 3, height, width] | float |
-| prefill | input_ids, visual_index, position_ids | [1, S] | int64 |
-| | image_features | [images * K, hidden] | float |
+| vision, one for each bucket | pixel_values | as the family's processor gives it for one image | float |
+| prefill | input_ids, visual_index | [1, S] | int64 |
+| | position_ids | [axes, S] | int64, axes 3 with M-RoPE, else 1 |
+| | image_features, deepstack_j | [images * K, hidden] | float |
 | | length | [1] | int64, prompt tokens |
-| | past_key_i, past_value_i | [1, kv_heads, C, head_dim] | float |
-| decode | input_ids, position_ids | [1, 1] | int64 |
+| | past_key_i, past_value_i, past_conv_i | see below | float |
+| decode | input_ids | [1, 1] | int64 |
+| | position_ids | [axes, 1] | int64 |
 | | length | [1] | int64, tokens in the cache after this step |
-| | past_key_i, past_value_i | [1, kv_heads, C, head_dim] | float |
+| | past_key_i, past_value_i, past_conv_i | see below | float |
 
-Outputs: vision gives image_features [K, hidden] and kept [1, K] int64; prefill and decode give logits
-[1, vocabulary] of the last token and present_key_i, present_value_i, which may share memory with the past.
+Outputs: vision gives image_features [K, hidden], kept [1, K] int64 and deepstack_j [K, hidden]; prefill and decode give
+logits [1, vocabulary] of the last token and a present_… for each past_…, which may share its memory. Of an attention
+layer: key and value [1, kv_heads, C, head_dim]; of a short convolution (LFM2): conv [1, channels, taps].
 
-The vision graph takes one image: a prompt with fewer images than its budget pays only for those it has, and an int8
-scale never depends on the neighbour.
+The vision graph takes one image: a prompt with fewer images than its budget pays only for those it has, images may have
+different sizes, and an int8 scale never depends on the neighbour.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..manifest import TokenBudget
-from ..surgery.anatomy import Anatomy
-from ..surgery.selection import SelectedOutput
+from ..manifest import Bucket, TokenBudget
+from ..surgery.load import locate
+from ..surgery.selection import attached
+from ..surgery.vision import prepare, see
 from .operators import CacheStep, PassThrough
 
 
@@ -43,92 +48,133 @@ class Component:
 
 
 class Vision(nn.Module):
-    """pixel_values -> image_features, kept."""
+    """pixel_values -> image_features, kept, deepstack_j: one image of one bucket."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, bucket: Bucket, keep: int) -> None:
         super().__init__()
         self.model = model
+        self.prepared = prepare(model, bucket.geometry)
+        self.keep = keep
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model.get_image_features(pixel_values, return_dict=True)
-        features = out.pooler_output[0]
-        kept = out.kept if isinstance(out, SelectedOutput) else None
-        return features, torch.arange(features.shape[0])[None] if kept is None else kept.clone()
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        seen = see(self.model, pixel_values, self.prepared, self.keep)
+        return seen.features, seen.kept[None].clone(), *seen.levels
 
 
 class Decoder(nn.Module):
-    """One step of the language model over KV buffers; `prefill` reads a whole padded prompt with its images."""
+    """One step of the language model over its buffers; `prefill` reads a whole padded prompt with its images."""
 
-    def __init__(self, model: Any, prefill: bool, mask_padding: bool) -> None:
+    def __init__(self, model: Any, budget: TokenBudget, prefill: bool, mask_padding: bool) -> None:
         super().__init__()
         self.model = model
+        self.slot = budget.visual_tokens
         self.prefill = prefill
         self.mask_padding = mask_padding
 
-    def forward(self, inputs: dict[str, Tensor], past: list[Tensor]) -> list[Tensor]:
-        language = self.model.model.language_model
-        ids, length = inputs["input_ids"], inputs["length"]
-        x = language.embed_tokens(ids)
-        valid = None
+    def forward(self, inputs: dict[str, Tensor], past: dict[str, Tensor]) -> list[Tensor]:
+        family, parts = attached(self.model).family, locate(self.model)
+        ids, length, position_ids = inputs["input_ids"], inputs["length"], inputs["position_ids"]
+        x = family.embed(self.model, ids)
+        seen = torch.zeros_like(ids, dtype=torch.bool)
+        valid = blocks = None
+        hooks = []
         if self.prefill:
             index = inputs["visual_index"]
-            visual = inputs["image_features"][index.clamp(min=0)]
-            x = torch.where((index >= 0).unsqueeze(-1), visual, x)
+            seen = index >= 0
+            visual = seen.unsqueeze(-1)
+            row = index.clamp(min=0)
+            x = torch.where(visual, inputs["image_features"][row], x)
             if self.mask_padding:
                 valid = (torch.arange(ids.shape[1]) < length).to(x.dtype)[None, :, None]
                 x = x * valid
-        step = CacheStep(past=past, length=length, prefill=self.prefill, valid=valid)
-        out = language(
-            inputs_embeds=x,
-            position_ids=inputs["position_ids"],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # 4-D masks pass through untouched; ours is unused
-            past_key_values=PassThrough(),
-            use_cache=True,
-            step=step,
-        ).last_hidden_state[0]
+            if family.prefix == "image":
+                blocks = torch.where(index < 0, -1, torch.div(row, self.slot, rounding_mode="floor"))
+            elif family.prefix == "whole":
+                blocks = torch.where(torch.arange(ids.shape[1])[None] < length, 0, -1)
+            for name, layer in zip(_levels(inputs), parts.language_layers, strict=False):
+                level = torch.where(visual, inputs[name][row], 0)
+                hooks.append(layer.register_forward_hook(lambda _, args, out, level=level: _add(out, level)))
+        step = CacheStep(
+            past=past, length=length, prefill=self.prefill, valid=valid, blocks=blocks,
+            window_over_blocks=family.window_over_blocks, windowed_blocks=family.windowed_blocks,
+        )  # fmt: skip
+        try:
+            out = parts.language(
+                inputs_embeds=x,
+                position_ids=position_ids if len(position_ids) == 1 else position_ids.unsqueeze(1),
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # a 4-D mask passes untouched; ours is unused
+                past_key_values=PassThrough(step),
+                use_cache=True,
+                step=step,
+                **family.beside(self.model, ids, seen),
+            ).last_hidden_state[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
         last = out.index_select(0, length - 1) if self.prefill else out
-        return [self.model.lm_head(last), *step.present]
+        return [family.logits(self.model, last), *(step.present[name] for name in past)]
 
 
-def components(model: Any, a: Anatomy, budget: TokenBudget) -> list[Component]:
-    """The graphs of one budget. The model's selection must already keep `budget.visual_tokens`."""
-    dtype = model.dtype
-    size = a.tower.image_size
-    past = {
-        f"past_{kind}_{layer}": torch.zeros(1, heads, budget.cache, a.language.head_dim, dtype=dtype)
-        for layer, heads in enumerate(a.language.kv_heads)
-        for kind in ("key", "value")
-    }
-    present = tuple(name.replace("past", "present") for name in past)
+def _levels(inputs: dict[str, Tensor]) -> list[str]:
+    return [name for name in inputs if name.startswith("deepstack_")]
+
+
+def _add(out: Any, level: Tensor) -> Any:
+    return (out[0] + level, *out[1:]) if isinstance(out, tuple) else out + level
+
+
+def components(model: Any, budget: TokenBudget, keep: Sequence[int], quantized: Sequence[str] = ()) -> list[Component]:
+    """The graphs of one budget.
+
+    Args:
+        keep: visual tokens of an image of each bucket.
+        quantized: parts that compute in int8.
+    """
+    about, dtype = attached(model), model.dtype
+    family = about.family
+    hidden = model.config.get_text_config().hidden_size
+    states = family.states(model, budget.cache)
+    past = {f"past_{name}": torch.zeros(shape, dtype=dtype) for name, shape in states.items()}
+    present = tuple(f"present_{name}" for name in states)
+    axes = family.layout(model.config).axes
 
     def ids(columns: int) -> Tensor:
         return torch.arange(columns)[None] % 7
 
+    vision = []
+    for bucket, count in zip(about.buckets, keep, strict=True):
+        module = Vision(model, bucket, count)
+        pixels = torch.zeros(bucket.geometry["pixel_values"], dtype=dtype)
+        levels = tuple(f"deepstack_{i}" for i in range(family.levels(model.config)))
+        vision.append(
+            Component(
+                role="vision",
+                module=module,
+                inputs={"pixel_values": pixels},
+                outputs=("image_features", "kept", *levels),
+            )
+        )
+    tables = ["image_features", *(f"deepstack_{i}" for i in range(family.levels(model.config)))]
     prefill = {
         "input_ids": ids(budget.sequence),
         "visual_index": torch.full((1, budget.sequence), -1),
-        "position_ids": torch.arange(budget.sequence)[None],
-        "image_features": torch.zeros(budget.images * budget.visual_tokens, a.language.hidden, dtype=dtype),
+        "position_ids": torch.arange(budget.sequence)[None].expand(axes, -1).contiguous(),
         "length": torch.tensor([budget.sequence]),
+        **{name: torch.zeros(budget.images * budget.visual_tokens, hidden, dtype=dtype) for name in tables},
     }
-    decode = {"input_ids": ids(1), "position_ids": ids(1), "length": torch.tensor([2])}
-    mask = "language" in a.quantized
+    decode = {"input_ids": ids(1), "position_ids": torch.zeros(axes, 1, dtype=torch.int64), "length": torch.tensor([2])}
+    mask = "language" in quantized
     return [
-        Component(
-            role="vision",
-            module=Vision(model),
-            inputs={"pixel_values": torch.zeros(1, 3, size, size, dtype=dtype)},
-            outputs=("image_features", "kept"),
-        ),
+        *vision,
         Component(
             role="prefill",
-            module=Decoder(model, prefill=True, mask_padding=mask),
+            module=Decoder(model, budget, prefill=True, mask_padding=mask),
             inputs=prefill | past,
             outputs=("logits", *present),
         ),
         Component(
             role="decode",
-            module=Decoder(model, prefill=False, mask_padding=mask),
+            module=Decoder(model, budget, prefill=False, mask_padding=mask),
             inputs=decode | past,
             outputs=("logits", *present),
         ),

@@ -9,8 +9,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..manifest import GraphInfo, TensorInfo, TokenBudget
-from ..surgery.load import describe, locate
+from ..manifest import GraphInfo, Manifest, TensorInfo, TokenBudget
+from ..surgery.load import describe
+from ..surgery.selection import attached
 from . import onnx
 from .components import components
 from .operators import Operators
@@ -20,36 +21,51 @@ FOLDER = "graphs"
 
 
 @contextmanager
-def keeping(model: Any, keep: int) -> Iterator[None]:
-    """While inside, the model keeps `keep` visual tokens per image: one model serves several budgets."""
-    selection = locate(model).selection
-    if selection is None:
-        assert keep == describe(model).visual_tokens
+def keeping(model: Any, keep: Sequence[int]) -> Iterator[None]:
+    """While inside, the model keeps so many visual tokens of an image of each bucket: one model serves every budget."""
+    about = attached(model)
+    if about.selection is None:
+        assert tuple(keep) == tuple(bucket.tokens for bucket in about.buckets)
         yield
         return
-    before, selection.keep = selection.keep, keep
+    before, about.selection.keep = about.selection.keep, tuple(keep)
     try:
         yield
     finally:
-        selection.keep = before
+        about.selection.keep = before
+
+
+def kept(manifest: Manifest, budget: int) -> tuple[int, ...]:
+    """Visual tokens that the graphs of a budget keep of an image of each bucket."""
+    graphs = [manifest.graph("vision", budget, bucket) for bucket in range(len(manifest.buckets))]
+    return tuple(next(t.shape[0] for t in graph.outputs if t.name == "image_features") for graph in graphs)
 
 
 def write_graphs(
     model: Any,
     budgets: Sequence[TokenBudget],
+    keeps: Sequence[Sequence[int]],
     operators: Operators,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, GraphInfo]:
-    """Export vision, prefill and decode of every budget into `folder/graphs`."""
+    """Export prefill and decode of every budget, and vision of every budget and bucket, into `folder/graphs`.
+
+    Args:
+        keeps: for each budget, visual tokens of an image of each bucket.
+    """
     place = folder / FOLDER
     place.mkdir()
     found: dict[str, GraphInfo] = {}
     with WeightFile(place) as weights:
-        for index, budget in enumerate(budgets):
-            with keeping(model, budget.visual_tokens):
-                for component in components(model, describe(model), budget):
-                    name = f"{component.role}-{budget.visual_tokens}"
+        buckets = attached(model).buckets
+        for index, (budget, keep) in enumerate(zip(budgets, keeps, strict=True)):
+            with keeping(model, keep):
+                made = components(model, budget, keep, describe(model).quantized)
+                for number, component in enumerate(made):
+                    bucket = number if component.role == "vision" else 0
+                    size = f"-{buckets[bucket].name}" if component.role == "vision" and len(buckets) > 1 else ""
+                    name = f"{component.role}{size}-{budget.visual_tokens}"
                     progress(f"exporting {name}")
                     graph = onnx.export(component, model, operators)
                     inputs, outputs = _tensors(graph.graph.inputs), _tensors(graph.graph.outputs)
@@ -57,6 +73,7 @@ def write_graphs(
                     found[name] = GraphInfo(
                         role=component.role,
                         budget=index,
+                        bucket=bucket,
                         file=f"{FOLDER}/{name}.onnx",
                         inputs=inputs,
                         outputs=outputs,

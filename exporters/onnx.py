@@ -14,6 +14,7 @@ from onnxscript import FLOAT, INT8, opset18, optimizer
 
 from ..passes import int8 as _int8  # noqa: F401  registers the operator
 from .components import Component
+from .experts import static_experts
 from .operators import OPSET, Operators, emitting
 
 _op: Any = opset18
@@ -51,9 +52,9 @@ def export(component: Component, model: Any, operators: Operators) -> ir.Model:
     if component.role == "vision":
         args: tuple[Any, ...] = tuple(component.inputs.values())
     else:
-        past = [v for k, v in component.inputs.items() if k.startswith("past_")]
+        past = {k.removeprefix("past_"): v for k, v in component.inputs.items() if k.startswith("past_")}
         args = ({k: v for k, v in component.inputs.items() if not k.startswith("past_")}, past)
-    with emitting(model, operators), torch.no_grad(), _quiet():
+    with emitting(model, operators), static_experts(model), torch.no_grad(), _quiet():
         program = torch.export.export(component.module, args, strict=False)
         onnx_program = torch.onnx.export(
             program,
@@ -75,6 +76,18 @@ def _simplify(model: ir.Model) -> None:
         # A weight with a second reader (a tied embedding) would be stored twice, once transposed.
         if node.op_type == "Transpose" and node.inputs[0] is not None and len(node.inputs[0].uses()) > 1:
             return False
+        # A weight spread over tiles ([CLS] of each) would be stored once more, larger.
+        if node.op_type == "Expand" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            return False
+        # A table of positions that is resized to the picture's grid would be stored resized.
+        if node.op_type == "Resize":
+            return False
+        # A norm of learned queries would be stored normed (its square is where that begins).
+        if node.op_type == "Pow" and node.inputs[0] is not None and len(node.inputs[0].shape or ()) > 1:
+            return False
+        # Chosen or mixed rows of a table of positions would be stored instead of the table.
+        if node.op_type in ("Gather", "GatherND") and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            return None if node.outputs[0].shape == node.inputs[0].shape else False
         return None
 
     CommonSubexpressionEliminationPass()(model)

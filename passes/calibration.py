@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import PassError
 from ..prompt import Prompt, Prompter, open_image
 from ..surgery.load import Loaded, describe
+from ..surgery.talk import Talk, see_all
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _QUESTION = "Describe the image."
@@ -41,11 +41,11 @@ def read_calibration(loaded: Loaded, folder: Path | None, limit: int = 32) -> Ca
         PassError: a folder without images, or a corrupt image.
     """
     a = describe(loaded.model)
-    prompter = Prompter(loaded.processor, a.image_token_id, a.visual_tokens)
+    prompter = Prompter(loaded.processor, a.layout)
     if folder is None:
         rng = np.random.default_rng(0)
-        size = a.tower.image_size
-        noise = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(8)]
+        sizes = [a.buckets[i % len(a.buckets)].size for i in range(8)]
+        noise = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
         return Calibration(tuple(prompter([i], _QUESTION) for i in noise), "8 seeded noise images")
     pairs = question_pairs(folder) or [
         (p, _QUESTION) for p in sorted(folder.glob("*")) if p.suffix.lower() in _SUFFIXES
@@ -90,19 +90,10 @@ def observe(
 ) -> None:
     """Run the calibration prompts and call `record(index, inputs, output)` for each of `modules`."""
     hooks = [m.register_forward_hook(lambda _, args, out, i=i: record(i, args, out)) for i, m in enumerate(modules)]
-    keep = describe(model).keep
     try:
-        with torch.no_grad():
-            for prompt in calibration.prompts:
-                shrunk = prompt.shrink(keep)
-                model(
-                    input_ids=torch.from_numpy(shrunk.input_ids),
-                    pixel_values=_pixels(shrunk, model.dtype),
-                )
+        for prompt in calibration.prompts:
+            shrunk, seen = see_all(model, prompt)
+            Talk.read(model, [shrunk], [seen])
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _pixels(prompt: Prompt, dtype: torch.dtype) -> Tensor | None:
-    return None if prompt.pixel_values is None else torch.from_numpy(prompt.pixel_values).to(dtype)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PassError
 from ..surgery.anatomy import Anatomy
 from ..surgery.cuts import take_heads, take_kv_groups
 from ..surgery.load import locate
+from ..surgery.structure import find_attention, output_name
 from .base import Pass, check_part
 from .calibration import Calibration, observe
 
@@ -65,10 +66,13 @@ class DropHeads(Pass):
                 f"{self.name}: fraction={self.fraction} of the {self.part} heads", hint="choose 0 <= fraction < 1"
             )
         left = tuple(n - round(n * self.fraction) for n in heads)
-        if min(left) < 1:
+        least = min((n for n in heads if n), default=0)
+        if not least:
+            raise PassError(f"{self.name}: the {self.part} part of `{a.family}` has no attention heads")
+        if min(n for n, total in zip(left, heads, strict=True) if total) < 1:
             raise PassError(
-                f"{self.name}: fraction={self.fraction} leaves 0 of {min(heads)} {self.part} {kind}",
-                hint=f"choose at most {(min(heads) - 1) / min(heads):.2f}",
+                f"{self.name}: fraction={self.fraction} leaves 0 of {least} {self.part} {kind}",
+                hint=f"choose at most {(least - 1) / least:.2f}",
             )
         if self.keep is not None:
             legal = len(self.keep) == len(heads) and all(
@@ -83,16 +87,16 @@ class DropHeads(Pass):
                 )
         if self.part == "vision":
             return replace(a, tower=replace(a.tower, heads=left))
-        queries = tuple(h // g * n for h, g, n in zip(a.language.heads, heads, left, strict=True))
+        queries = tuple(h // g * n if g else 0 for h, g, n in zip(a.language.heads, heads, left, strict=True))
         return replace(a, language=replace(a.language, heads=queries, kv_heads=left))
 
     def notes(self, a: Anatomy) -> list[str]:
         heads = self._heads(a)
-        removed = round(heads[0] * self.fraction)
-        exact = heads[0] * self.fraction
+        most = max(heads, default=0)
+        removed, exact = round(most * self.fraction), most * self.fraction
         if removed == exact:
             return []
-        return [f"{self.part}: {self.fraction} of {heads[0]} heads is {exact:g}; {removed} are removed in every layer"]
+        return [f"{self.part}: {self.fraction} of {most} heads is {exact:g}; {removed} are removed in every layer"]
 
     @property
     def needs_calibration(self) -> bool:
@@ -102,12 +106,10 @@ class DropHeads(Pass):
         if self.keep is not None:
             return self
         parts = locate(model)
-        if self.part == "vision":
-            outs: list[Any] = [b.self_attn.out_proj for b in parts.tower_layers]
-            all_heads = a.tower.heads
-        else:
-            outs = [b.self_attn.o_proj for b in parts.language_layers]
-            all_heads = a.language.heads
+        vision = self.part == "vision"
+        blocks = [find_attention(b) for b in (parts.tower_layers if vision else parts.language_layers)]
+        outs: list[Any] = [getattr(m, output_name(m)) if m is not None else nn.Identity() for m in blocks]
+        all_heads = a.tower.heads if vision else a.language.heads
         importance = [torch.zeros(h, dtype=torch.float64) for h in all_heads]
 
         def record(index: int, args: Sequence[Any], output: Any) -> None:
@@ -116,7 +118,7 @@ class DropHeads(Pass):
         observe(model, outs, record, calibration)
         left = self.plan(a)
         counts = self._heads(left)
-        groups = [i.reshape(n, -1).sum(dim=-1) for i, n in zip(importance, self._heads(a), strict=True)]
+        groups = [i.reshape(n, -1).sum(dim=-1) if n else i for i, n in zip(importance, self._heads(a), strict=True)]
         keep = tuple(
             tuple(sorted(sorted(range(len(g)), key=lambda h, g=g: (-float(g[h]), h))[:n]))
             for g, n in zip(groups, counts, strict=True)
@@ -126,14 +128,15 @@ class DropHeads(Pass):
     def apply(self, model: Any, a: Anatomy) -> None:
         assert self.keep is not None
         parts = locate(model)
-        if self.part == "vision":
-            for block, keep in zip(parts.tower_layers, self.keep, strict=True):
-                take_heads(block.self_attn, keep)
+        vision = self.part == "vision"
+        for block, keep in zip(parts.tower_layers if vision else parts.language_layers, self.keep, strict=True):
+            attention = find_attention(block)
+            if attention is not None:
+                (take_heads if vision else take_kv_groups)(attention, keep)
+        if vision:
             return
-        for block, keep in zip(parts.language_layers, self.keep, strict=True):
-            take_kv_groups(block.self_attn, keep)
         planned = self.plan(a).language
-        for config in (parts.language.config, model.config.text_config):
+        for config in (parts.language.config, model.config.get_text_config()):
             config.head_dim = planned.head_dim
-            config.num_attention_heads = planned.heads[0]
-            config.num_key_value_heads = planned.kv_heads[0]
+            config.num_attention_heads = max(planned.heads)
+            config.num_key_value_heads = max(planned.kv_heads)

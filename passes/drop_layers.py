@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PassError
 from ..surgery.anatomy import Anatomy
-from ..surgery.cuts import take_layers
+from ..surgery.cuts import count_layers, take_layers
 from ..surgery.load import locate
 from .base import Pass, check_part
 from .calibration import Calibration, observe
@@ -47,6 +47,8 @@ class DropLayers(Pass):
 
     def plan(self, a: Anatomy) -> Anatomy:
         check_part(self.name, self.part)
+        if self.part == "vision" and a.tower.fixed:
+            raise PassError(f"{self.name}: vision layers of `{a.family}` cannot go: {a.tower.fixed}", hint="drop heads")
         layers, most = self._layers(a), len(self._candidates(a)) - (self.part == "language")
         if not 1 <= self.count <= most:
             raise PassError(
@@ -97,13 +99,16 @@ class DropLayers(Pass):
         assert self.drop is not None
         parts = locate(model)
         if self.part == "vision":
+            assert parts.tower_stack is not None
             keep = [i for i in range(a.tower.layers) if i not in self.drop]
-            parts.tower.encoder.layers = take_layers(parts.tower_layers, keep)
-            model.config.vision_config.num_hidden_layers = parts.tower.config.num_hidden_layers = len(keep)
+            parts.tower_stack.replace(take_layers(parts.tower_stack.modules, keep))
+            for config in (parts.tower.config, model.config.vision_config):
+                count_layers(config, len(keep))
             return
         keep = [i for i in range(a.language.layers) if i not in self.drop]
-        parts.language.layers = take_layers(parts.language_layers, keep)
-        for config in (parts.language.config, model.config.text_config):
-            config.num_hidden_layers = len(keep)
-            if getattr(config, "layer_types", None):
-                config.layer_types = ["full_attention"] * len(keep)
+        parts.language_stack.replace(take_layers(parts.language_stack.modules, keep))
+        for config in (parts.language.config, model.config.get_text_config()):
+            kinds = getattr(config, "layer_types", None)
+            if kinds and len(kinds) == a.language.layers:
+                config.layer_types = [kinds[i] for i in keep]
+            count_layers(config, len(keep))

@@ -83,11 +83,12 @@ class Int8Embedding(nn.Module):
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale.to(dtype))
+        self.times = times  # what the family multiplies its embeddings with (Gemma: the root of the width)
 
     def forward(self, ids: Tensor) -> Tensor:
         scale = self.weight_scale[ids].unsqueeze(-1)
-        return self.weight[ids].to(scale.dtype) * scale
+        return self.weight[ids].to(scale.dtype) * scale * self.times

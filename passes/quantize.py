@@ -44,14 +44,19 @@ class Quantize(Pass):
     def apply(self, model: Any, a: Anatomy) -> None:
         parts = locate(model)
         if "vision" in self.parts:
-            quantize_linears(parts.tower_layers)
-            quantize_linears(parts.projector)
+            for layer in parts.tower_layers:
+                quantize_linears(layer)
+            if parts.projector is not None:
+                quantize_linears(parts.projector)
         if "language" in self.parts:
-            quantize_linears(parts.language_layers)
+            for layer in parts.language_layers:
+                quantize_linears(layer)
             model.lm_head = Int8Linear.of(model.lm_head)
             if a.language.tied:
                 head = model.lm_head
-                parts.language.embed_tokens = Int8Embedding(head.weight, head.weight_scale, model.dtype)
+                times = getattr(parts.language.get_input_embeddings(), "scalar_embed_scale", 1.0)
+                table = Int8Embedding(head.weight, head.weight_scale, model.dtype, times)
+                parts.language.set_input_embeddings(table)
 
 
 def quantize_linears(root: nn.Module) -> None:

@@ -140,7 +140,7 @@ def from_flags(
     a: Anatomy,
     *,
     prune: float | None = None,
-    keep: int | None = None,
+    keep: int | tuple[int, ...] | None = None,
     method: str = "fastervlm",
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
@@ -166,7 +166,8 @@ def from_flags(
                 f"--prune {prune:g} is not a fraction of the tokens to remove",
                 hint="choose 0 <= R < 1, for example 0.75 to keep a quarter",
             )
-        keep = kept_tokens(a.visual_tokens, prune)
+        counts = tuple(kept_tokens(bucket.tokens, prune) for bucket in a.buckets)
+        keep = counts[0] if len(counts) == 1 else counts
 
     def cuts(part: str) -> list[Pass]:
         found: list[Pass] = []
@@ -177,7 +178,8 @@ def from_flags(
         return found
 
     passes = cuts("vision")
-    if keep is not None and keep != a.visual_tokens:
+    tokens = tuple(bucket.tokens for bucket in a.buckets)
+    if keep is not None and (keep if isinstance(keep, tuple) else (keep,) * len(tokens)) != tokens:
         passes.append(PruneTokens(keep=keep, method=method, seed=seed))
     passes += cuts("language")
     if quantize != "none":
@@ -212,7 +214,9 @@ def _build(table: Any, where: str) -> Pass:
 def _typed(value: Any, want: Any, where: str) -> Any:
     origin, args = typing.get_origin(want), typing.get_args(want)
     if origin in (types.UnionType, typing.Union):
-        return _typed(value, next(a for a in args if a is not type(None)), where)
+        wanted = [a for a in args if a is not type(None)]
+        lists = [a for a in wanted if typing.get_origin(a) is tuple]
+        return _typed(value, lists[0] if lists and isinstance(value, list) else wanted[0], where)
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(v, args[0], where) for v in value)
     if want is float and isinstance(value, int) and not isinstance(value, bool):

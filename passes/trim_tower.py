@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ..surgery.anatomy import Anatomy
-from ..surgery.cuts import take_layers
+from ..surgery.cuts import count_layers, take_layers
 from ..surgery.load import locate
+from ..surgery.selection import attached
 from .base import Pass
 
 
@@ -29,13 +28,10 @@ class TrimTower(Pass):
 
     def apply(self, model: Any, a: Anatomy) -> None:
         parts = locate(model)
-        keep = range(a.tower.feature_layer)
-        parts.tower.encoder.layers = take_layers(parts.tower_layers, keep)
-        # Hidden state -1 is the output of the last layer: the final norm comes after it.
-        model.config.vision_feature_layer = -1
-        model.config.vision_config.num_hidden_layers = parts.tower.config.num_hidden_layers = len(keep)
-        parts.tower.post_layernorm = nn.Identity()
-        if getattr(parts.tower, "use_head", False):
-            parts.tower.use_head = False
-            model.config.vision_config.vision_use_head = False
-            del parts.tower.head
+        if parts.tower_stack is not None and a.tower.layers != a.tower.feature_layer:
+            keep = range(a.tower.feature_layer)
+            parts.tower_stack.replace(take_layers(parts.tower_stack.modules, keep))
+            # Hidden state -1 is the output of the last layer: the final norm comes after it.
+            model.config.vision_feature_layer = -1
+            count_layers(parts.tower.config, len(keep))
+        attached(model).family.trim(model)

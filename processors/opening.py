@@ -47,6 +47,11 @@ class Processor:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    @property
+    def separator(self) -> str:
+        """What stands between an image and text in a prompt without a chat template."""
+        return "" if type(self.inner).__name__ == "PaliGemmaProcessor" else "\n"
+
     def __call__(
         self,
         images: Sequence[Image.Image] | None = None,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..prompt import Prompt
+from ..prompt import Picture, Prompt, assemble
 from .bundle import Bundle
 
 
@@ -38,13 +38,15 @@ class Speed:
 
 def full_prompt(bundle: Bundle, seed: int = 0) -> Prompt:
     """A prompt of random tokens and noise images that fills the budget."""
-    budget, rng = bundle.budget, np.random.default_rng(seed)
-    size = next(t.shape for t in bundle.manifest.graph("vision", bundle.budget_index).inputs)[1:]
-    placeholders = budget.images * budget.visual_tokens
-    index = np.concatenate([np.arange(placeholders), np.full(budget.text_tokens, -1)])
-    ids = np.where(index >= 0, bundle.manifest.image_token_id, rng.integers(5, 100, len(index)))
-    pixels = rng.normal(0, 1, (budget.images, *size)).astype(np.float32)
-    return Prompt(ids[None], index[None], pixels, budget.images, budget.visual_tokens)
+    budget, rng, layout = bundle.budget, np.random.default_rng(seed), bundle.manifest.layout
+    bucket = max(bundle.manifest.buckets, key=lambda b: b.tokens)
+    placeholders = np.full(budget.images * bucket.tokens, layout.image_token_id)
+    words = rng.integers(5, 100, budget.text_tokens)
+    words[words == layout.image_token_id] += 1
+    pixels = [rng.normal(0, 1, bucket.geometry["pixel_values"]).astype(np.float32) for _ in range(budget.images)]
+    pictures = [Picture(p, bucket.geometry) for p in pixels]
+    ids = np.concatenate([placeholders, words])[None]
+    return assemble(layout, ids, pictures, [bucket.tokens] * budget.images)
 
 
 def bench(bundles: Sequence[Bundle], *, runs: int = 10, decode_tokens: int = 16, warmup: int = 2) -> list[Speed]:
@@ -61,25 +63,25 @@ def bench(bundles: Sequence[Bundle], *, runs: int = 10, decode_tokens: int = 16,
             sample = _once(bundle, prompt, min(decode_tokens, bundle.budget.new_tokens))
             if run >= warmup:
                 kept.append(sample)
-    return [_speed(p, s) for p, s in zip(prompts, samples, strict=True)]
+    return [_speed(b, p, s) for b, p, s in zip(bundles, prompts, samples, strict=True)]
 
 
 def _once(bundle: Bundle, prompt: Prompt, tokens: int) -> tuple[float, float, float]:
-    ids, index = prompt.pad(bundle.budget)
     start = time.perf_counter()
-    features, _ = bundle.see(prompt)
+    shrunk, sights = bundle.see(prompt)
     seen = time.perf_counter()
-    logits = bundle.graphs.prefill(ids, index, features, prompt.length)
+    logits = bundle.graphs.prefill(shrunk, sights)
     first = time.perf_counter()
-    for count in range(1, tokens + 1):
-        logits = bundle.graphs.decode(int(logits.argmax()), prompt.length + count)
+    for count in range(tokens):
+        logits = bundle.graphs.decode(int(logits.argmax()), shrunk, count)
     return seen - start, first - seen, (time.perf_counter() - first) / tokens
 
 
-def _speed(prompt: Prompt, samples: Sequence[tuple[float, float, float]]) -> Speed:
+def _speed(bundle: Bundle, prompt: Prompt, samples: Sequence[tuple[float, float, float]]) -> Speed:
     vision, prefill, decode = (1000 * statistics.median(column) for column in zip(*samples, strict=True))
+    prompt_tokens = prompt.length - sum(prompt.counts) + len(prompt.pictures) * bundle.budget.visual_tokens
     ttft = 1000 * statistics.median(v + p for v, p, _ in samples)
-    return Speed(prompt.images, prompt.length, vision, prefill, ttft, decode, 1000 / decode, peak_rss_mb())
+    return Speed(len(prompt.pictures), prompt_tokens, vision, prefill, ttft, decode, 1000 / decode, peak_rss_mb())
 
 
 def peak_rss_mb() -> float:

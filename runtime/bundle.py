@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import BundleError
 from ..manifest import Manifest, TokenBudget, check_files, read
-from ..prompt import Prompt, Prompter
-from .sessions import Graphs
+from ..processors import open_processor
+from ..prompt import Prompt, Prompter, open_image
+from .sessions import Graphs, Sight
 
 
 class Bundle:
@@ -41,22 +41,39 @@ class Bundle:
     def budget(self) -> TokenBudget:
         return self.manifest.budgets[self.budget_index]
 
-    def prompt(self, images: Sequence[Image.Image | str | Path], text: str) -> Prompt:
-        """The prompt as the graphs take it, with this budget's placeholders, not yet padded."""
-        from ..prompt import open_image
+    def prompt(self, images: Sequence[Image.Image | str | Path], text: str, *, fit: bool = False) -> Prompt:
+        """The whole prompt, placeholders of all visual tokens included.
 
-        opened = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
-        return self.prompter([i.convert("RGB") for i in opened], text).shrink(self.budget.visual_tokens)
+        Args:
+            fit: resize an image that no bucket takes to the bucket whose shape is nearest, instead of refusing it.
 
-    def see(self, prompt: Prompt) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Encode the images of a prompt: features [K, hidden] and kept positions [K], one of each per image."""
-        if prompt.pixel_values is None:
-            return [], []
-        pairs = [self.graphs.vision(image[None]) for image in prompt.pixel_values]
-        return [f for f, _ in pairs], [k[0] for _, k in pairs]
+        Raises:
+            BundleError: an unreadable image, or one of a size that this bundle was not made for.
+        """
+        opened = [(i if isinstance(i, Image.Image) else open_image(i)).convert("RGB") for i in images]
+        if fit:
+            opened = [self._fitted(image) for image in opened]
+        prompt = self.prompter(opened, text)
+        for picture in prompt.pictures:
+            picture.bucket(self.manifest.buckets)
+        return prompt
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        buckets = self.manifest.buckets
+        picture, _ = self.prompter.look(image)
+        if any(picture.geometry == bucket.geometry for bucket in buckets):
+            return image
+        shape = np.log(image.height / image.width)
+        nearest = min(buckets, key=lambda b: (abs(np.log(b.size[0] / b.size[1]) - shape), -b.tokens))
+        return image.resize((nearest.size[1], nearest.size[0]), Image.Resampling.BICUBIC)
+
+    def see(self, prompt: Prompt) -> tuple[Prompt, list[Sight]]:
+        """Encode the pictures of a whole prompt, and shrink it to the tokens that are kept."""
+        seen = [self.graphs.vision(picture) for picture in prompt.pictures]
+        return prompt.shrink([sight.kept for sight in seen]), seen
 
     def tokens(self, prompt: Prompt, max_new_tokens: int | None = None) -> Iterator[int]:
-        """Greedy token ids after the prompt, ending before an end-of-sequence token.
+        """Greedy token ids after a whole prompt, ending before an end-of-sequence token.
 
         Args:
             max_new_tokens: at most the budget's, which is the default.
@@ -70,25 +87,29 @@ class Bundle:
                 f"max_new_tokens={max_new_tokens}, the budget holds {most}",
                 hint=f"choose 1 to {most}, or convert again with more --new-tokens",
             )
-        ids, index = prompt.pad(self.budget)
-        features, _ = self.see(prompt)
-        logits = self.graphs.prefill(ids, index, features, prompt.length)
-        for count in range(1, (max_new_tokens or most) + 1):
+        shrunk, seen = self.see(prompt)
+        logits = self.graphs.prefill(shrunk, seen)
+        for count in range(max_new_tokens or most):
             token = int(logits.argmax())
             if token in self._stop:
                 return
             yield token
-            if count < (max_new_tokens or most):
-                logits = self.graphs.decode(token, prompt.length + count)
+            if count + 1 < (max_new_tokens or most):
+                logits = self.graphs.decode(token, shrunk, count)
 
     def stream(
-        self, images: Sequence[Image.Image | str | Path], prompt: str, max_new_tokens: int | None = None
+        self,
+        images: Sequence[Image.Image | str | Path],
+        prompt: str,
+        max_new_tokens: int | None = None,
+        *,
+        fit: bool = False,
     ) -> Iterator[str]:
         """The answer piece by piece, each as soon as it is decoded."""
         tokenizer = self.prompter.processor.tokenizer
         ids: list[int] = []
         shown = text = ""
-        for token in self.tokens(self.prompt(images, prompt), max_new_tokens):
+        for token in self.tokens(self.prompt(images, prompt, fit=fit), max_new_tokens):
             ids.append(token)
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if not text.endswith("�"):  # half of a character so far
@@ -98,14 +119,20 @@ class Bundle:
             yield text[len(shown) :]
 
     def generate(
-        self, images: Sequence[Image.Image | str | Path], prompt: str, max_new_tokens: int | None = None
+        self,
+        images: Sequence[Image.Image | str | Path],
+        prompt: str,
+        max_new_tokens: int | None = None,
+        *,
+        fit: bool = False,
     ) -> str:
         """The whole answer.
 
         Args:
             images: paths or PIL images. prompt: text; `<image>` places an image, the others come first.
+            fit: resize an image of another size than the bundle was made for.
         """
-        return "".join(self.stream(images, prompt, max_new_tokens)).strip()
+        return "".join(self.stream(images, prompt, max_new_tokens, fit=fit)).strip()
 
 
 def find_budget(manifest: Manifest, keep: int | None) -> int:
@@ -122,10 +149,7 @@ def find_budget(manifest: Manifest, keep: int | None) -> int:
 
 def open_prompter(folder: Path, manifest: Manifest) -> Prompter:
     """The bundle's processor, PIL backend; loading it runs no remote code."""
-    from transformers import AutoProcessor
-
-    processor: Any = AutoProcessor.from_pretrained(folder / "processor", backend="pil", trust_remote_code=False)
-    return Prompter(processor, manifest.image_token_id, manifest.visual_tokens_full)
+    return Prompter(open_processor(folder / "processor"), manifest.layout)
 
 
 def stop_ids(folder: Path) -> frozenset[int]:

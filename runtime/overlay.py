@@ -1,52 +1,98 @@
-"""The kept tokens drawn on the picture that the model saw."""
+"""The kept tokens drawn on the picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors import BundleError
+from ..manifest import Panel
+from ..prompt import open_image
 from .bundle import Bundle
 
-_SIDE = 480  # pixels of the drawing, at least
+_SIDE = 480  # pixels of a panel's longer side, at least
+_GAP = 8  # pixels between panels
 _DIM = 0.25  # brightness of dropped patches
 _EDGE = (255, 210, 60)
 
 
-def overlay(bundle: Bundle, image: str | Path | Image.Image) -> tuple[Image.Image, np.ndarray]:
-    """Draw which patches of an image reach the language model: kept ones bright and framed, dropped ones dim.
+def overlay(
+    bundle: Bundle, image: str | Path | Image.Image, *, fit: bool = False
+) -> tuple[Image.Image, np.ndarray, int]:
+    """Draw which parts of an image reach the language model: kept ones bright and framed, dropped ones dim.
+
+    Tiles and their thumbnail are drawn side by side, in the order of their tokens.
+
+    Args:
+        fit: as in `Bundle.prompt`.
 
     Returns:
-        The drawing, and the kept positions in raster order, int64 [K].
+        The drawing, the kept positions, int64 [K], and of how many tokens they are.
+
+    Raises:
+        BundleError: a family of which vlmcut does not know where its tokens lie.
     """
-    prompt = bundle.prompt([image], "")
-    _, kept = bundle.see(prompt)
-    assert prompt.pixel_values is not None
-    picture = seen_picture(bundle.prompter.processor.image_processor, prompt.pixel_values[0])
-    return draw(picture, kept[0], bundle.manifest.grid), kept[0]
+    prompt = bundle.prompt([image], "", fit=fit)
+    bucket = bundle.manifest.buckets[prompt.pictures[0].bucket(bundle.manifest.buckets)]
+    if not bucket.panels:
+        raise BundleError("vlmcut does not know where the visual tokens of this model lie", hint="nothing can be drawn")
+    _, seen = bundle.see(prompt)
+    kept, pixels = seen[0].kept, prompt.pictures[0].pixel_values
+    if len(bucket.panels) == 1 and pixels.ndim == 4 and len(pixels) == 1:  # one raster: what is left after any crop
+        picture = seen_picture(bundle.prompter.processor.image_processor, pixels[0])
+    else:
+        picture = (image if isinstance(image, Image.Image) else open_image(image)).convert("RGB")
+    return draw(picture, kept, bucket.panels), kept, bucket.tokens
 
 
 def seen_picture(image_processor: Any, pixel_values: np.ndarray) -> Image.Image:
     """Undo the processor's normalisation: float32 [3, height, width] -> the picture after resize and crop."""
-    mean, std = (np.reshape(getattr(image_processor, k), (3, 1, 1)) for k in ("image_mean", "image_std"))
+    mean, std = 0.0, 1.0
+    if image_processor.do_normalize:
+        mean, std = (np.reshape(getattr(image_processor, k), (3, 1, 1)) for k in ("image_mean", "image_std"))
     scaled = np.clip(pixel_values * std + mean, 0, 1) * 255
     return Image.fromarray(scaled.round().astype(np.uint8).transpose(1, 2, 0))
 
 
-def draw(picture: Image.Image, kept: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """Dim every patch that is not in `kept` and frame those that are."""
-    rows, columns = grid
+def draw(picture: Image.Image, kept: np.ndarray, panels: Sequence[Panel]) -> Image.Image:
+    """Dim everything that is not in `kept` and frame what is."""
+    drawn, start = [], 0
+    for panel in panels:
+        mine = kept[(kept >= start) & (kept < start + panel.tokens)] - start
+        drawn.append(_panel(picture, mine, panel))
+        start += panel.tokens
+    sheet = Image.new("RGB", (sum(d.width for d in drawn) + _GAP * (len(drawn) - 1), max(d.height for d in drawn)))
+    left = 0
+    for one in drawn:
+        sheet.paste(one, (left, 0))
+        left += one.width + _GAP
+    return sheet
+
+
+def _panel(picture: Image.Image, kept: np.ndarray, panel: Panel) -> Image.Image:
+    top, left, bottom, right = panel.box
+    part = picture.crop(
+        (
+            round(left * picture.width),
+            round(top * picture.height),
+            round(right * picture.width),
+            round(bottom * picture.height),
+        )
+    )
+    rows, columns = panel.rows, panel.columns
     cell = max(1, -(-_SIDE // max(rows, columns)))
-    size = (columns * cell, rows * cell)
-    mask = np.zeros(rows * columns, dtype=bool)
-    mask[kept] = True
-    light = np.where(mask, 1.0, _DIM).reshape(rows, columns).repeat(cell, axis=0).repeat(cell, axis=1)
-    pixels = np.asarray(picture.resize(size, Image.Resampling.NEAREST), dtype=np.float64) * light[..., None]
+    row, column = np.divmod(kept, columns + panel.line_breaks)
+    row, column = row[column < columns], column[column < columns]  # a line break shows nothing
+    light = np.full((rows, columns), _DIM)
+    light[row, column] = 1.0
+    pixels = np.asarray(part.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), dtype=np.float64)
+    pixels = pixels * light.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
     drawing = Image.fromarray(pixels.round().astype(np.uint8))
     pen = ImageDraw.Draw(drawing)
-    for position in kept:
-        x, y = int(position % columns) * cell, int(position // columns) * cell
-        pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=_EDGE)
+    for y, x in zip(row.tolist(), column.tolist(), strict=True):
+        pen.rectangle((x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1), outline=_EDGE)
     return drawing

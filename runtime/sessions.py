@@ -1,6 +1,6 @@
 """Run the graphs of one budget with ONNX Runtime: fixed shapes, KV buffers bound in place.
 
-`past_key_i` and `present_key_i` are bound to the same memory, so a step writes its row into the cache and nothing is
+`past_…` and its `present_…` are bound to the same memory, so a step writes its row into the cache and nothing is
 copied. Padding rows of a prompt write rows that decode overwrites before they can be seen.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import onnxruntime as ort
 
 from ..errors import BundleError, nearest
 from ..manifest import GraphInfo, Manifest, TokenBudget
+from ..prompt import Picture, Prompt
 
 _state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no type stub
 _ORT_ERRORS = (
@@ -88,8 +91,17 @@ def _check_tensors(info: GraphInfo, session: ort.InferenceSession) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What one picture became."""
+
+    features: np.ndarray  # [K, hidden]
+    kept: np.ndarray  # int64 [K], ascending
+    levels: tuple[np.ndarray, ...] = ()  # DeepStack features, [K, hidden] each
+
+
 class Graphs:
-    """The three graphs of one budget and their KV buffers.
+    """The graphs of one budget and the buffers of what its language model remembers.
 
     Args:
         folder: of the bundle. budget: index into the manifest's budgets.
@@ -100,75 +112,81 @@ class Graphs:
         self, folder: Path, manifest: Manifest, budget: int = 0, *, provider: str = "cpu", threads: int = 0
     ) -> None:
         self.budget: TokenBudget = manifest.budgets[budget]
+        self.buckets = manifest.buckets
         self.device = provider
+        self._open = partial(self._session, folder, provider, threads)
+        self._vision = [manifest.graph("vision", budget, i) for i in range(len(self.buckets))]
+        self._info = {role: manifest.graph(role, budget) for role in ("prefill", "decode")}
         self._sessions: dict[str, ort.InferenceSession] = {}
-        self._info: dict[str, GraphInfo] = {}
-        for role in ("vision", "prefill", "decode"):
-            info = manifest.graph(role, budget)
-            self._sessions[role] = open_session(folder / info.file, provider, threads)
-            self._info[role] = info
-            _check_tensors(info, self._sessions[role])
+        for info in (*self._vision, *self._info.values()):
+            self._open(info)
         self.dtype = np.dtype(manifest.dtype)
-        self._cache = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, self.budget.cache, dim), self.dtype), provider, 0)
-            for heads, dim in manifest.cache_shapes
-            for _ in ("key", "value")
-        ]
-        self._bindings = {role: self._bind_cache(role) for role in ("prefill", "decode")}
+        self._states = {
+            tensor.name.removeprefix("past_"): ort.OrtValue.ortvalue_from_numpy(
+                np.zeros(tensor.shape, self.dtype), provider, 0
+            )
+            for tensor in self._info["decode"].inputs
+            if tensor.name.startswith("past_")
+        }
+        self._bindings = {role: self._bind_states(role) for role in self._info}
 
-    def _bind_cache(self, role: str) -> ort.IOBinding:
-        binding = self._sessions[role].io_binding()
-        for index, buffer in enumerate(self._cache):
-            kind = f"{('key', 'value')[index % 2]}_{index // 2}"
-            binding.bind_ortvalue_input(f"past_{kind}", buffer)
-            binding.bind_ortvalue_output(f"present_{kind}", buffer)
+    def _session(self, folder: Path, provider: str, threads: int, info: GraphInfo) -> ort.InferenceSession:
+        if info.file not in self._sessions:
+            session = open_session(folder / info.file, provider, threads)
+            _check_tensors(info, session)
+            self._sessions[info.file] = session
+        return self._sessions[info.file]
+
+    def _bind_states(self, role: str) -> ort.IOBinding:
+        binding = self._open(self._info[role]).io_binding()
+        for name, buffer in self._states.items():
+            binding.bind_ortvalue_input(f"past_{name}", buffer)
+            binding.bind_ortvalue_output(f"present_{name}", buffer)
         binding.bind_output("logits", "cpu")
         return binding
 
-    def vision(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One image, [1, 3, height, width] -> features [K, hidden], kept positions [1, K]."""
-        features, kept = self._sessions["vision"].run(
-            ["image_features", "kept"], {"pixel_values": pixel_values.astype(self.dtype)}
-        )
-        return np.asarray(features), np.asarray(kept)
+    def vision(self, picture: Picture) -> Sight:
+        """Encode one picture.
 
-    def prefill(
-        self, input_ids: np.ndarray, visual_index: np.ndarray, features: Sequence[np.ndarray], length: int
-    ) -> np.ndarray:
-        """A padded prompt, [1, S] twice, with the features of its images -> logits of its last token, float32 [V]."""
-        k, rows = self.budget.visual_tokens, self.budget.images * self.budget.visual_tokens
-        hidden = self._shape("prefill", "image_features")[1]
-        table = np.zeros((rows, hidden), self.dtype)
-        for index, image in enumerate(features):
-            table[index * k : (index + 1) * k] = image
-        return self._step(
-            "prefill",
-            {
-                "input_ids": input_ids,
-                "visual_index": visual_index,
-                "position_ids": np.arange(input_ids.shape[1])[None],
-                "image_features": table,
-                "length": np.array([length]),
-            },
-        )
+        Raises:
+            BundleError: no bucket has its geometry.
+        """
+        info = self._vision[picture.bucket(self.buckets)]
+        pixels = {"pixel_values": picture.pixel_values.astype(self.dtype)}
+        found = self._open(info).run([t.name for t in info.outputs], pixels)
+        features, kept, *levels = map(np.asarray, found)
+        return Sight(features, kept[0], tuple(levels))
 
-    def decode(self, token: int, length: int) -> np.ndarray:
-        """One token; `length` counts the cache after it -> logits of the next token, float32 [V]."""
-        return self._step(
-            "decode",
-            {"input_ids": np.array([[token]]), "position_ids": np.array([[length - 1]]), "length": np.array([length])},
-        )
+    def prefill(self, prompt: Prompt, seen: Sequence[Sight]) -> np.ndarray:
+        """A shrunk prompt with what its pictures became -> logits of its last token, float32 [V].
 
-    def cache(self) -> list[np.ndarray]:
-        """Copies of the KV buffers, key 0, value 0, key 1, …, each [1, kv_heads, C, head_dim]."""
-        return [buffer.numpy() for buffer in self._cache]
+        Raises:
+            BundleError: a prompt over budget.
+        """
+        k, inputs = self.budget.visual_tokens, dict(prompt.pad(self.budget))
+        for tensor in self._info["prefill"].inputs:
+            if tensor.name == "image_features" or tensor.name.startswith("deepstack_"):
+                table = np.zeros(tensor.shape, self.dtype)
+                for index, sight in enumerate(seen):
+                    level = tensor.name.removeprefix("deepstack_")
+                    rows = sight.features if tensor.name == "image_features" else sight.levels[int(level)]
+                    table[index * k : index * k + len(rows)] = rows
+                inputs[tensor.name] = table
+        return self._step("prefill", inputs)
+
+    def decode(self, token: int, prompt: Prompt, count: int) -> np.ndarray:
+        """One token; `count` were fed since the prompt -> logits of the next token, float32 [V]."""
+        position = np.full((prompt.layout.axes, 1), prompt.next_position + count)
+        length = np.array([prompt.length + count + 1])
+        return self._step("decode", {"input_ids": np.array([[token]]), "position_ids": position, "length": length})
+
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of what the language model remembers: key_i, value_i [1, kv_heads, C, head_dim], conv_i."""
+        return {name: buffer.numpy() for name, buffer in self._states.items()}
 
     def _step(self, role: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         binding = self._bindings[role]
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
-        self._sessions[role].run_with_iobinding(binding)
+        self._open(self._info[role]).run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()[0].astype(np.float32)
-
-    def _shape(self, role: str, name: str) -> tuple[int, ...]:
-        return next(t.shape for t in self._info[role].inputs if t.name == name)

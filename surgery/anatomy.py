@@ -6,48 +6,38 @@ from it too, so `inspect` can predict a recipe without loading a weight.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..manifest import Bucket, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
     """The vision tower. `heads` has one entry per layer; heads may differ between layers after a cut."""
 
-    kind: str  # clip_vision_model, siglip_vision_model
+    kind: str  # clip_vision_model, siglip_vision_model, …
     hidden: int
     head_dim: int
-    heads: tuple[int, ...]
+    heads: tuple[int, ...]  # empty for a tower that is not a stack of transformer layers
     intermediate: int
-    image_size: int  # pixels, square
+    matrices: int  # linears of one MLP: 2, or 3 where it is gated
     patch_size: int  # pixels, square
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
+    fixed: str | None = None  # why its layers cannot be dropped
 
     @property
     def layers(self) -> int:
         return len(self.heads)
 
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def patches(self) -> int:
-        return self.grid**2
-
-    @property
-    def tokens(self) -> int:
-        """Rows that the tower computes with: patches and [CLS]."""
-        return self.patches + self.has_cls
-
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """The language model. `heads` and `kv_heads` have one entry per layer."""
+    """The language model. `heads` and `kv_heads` have one entry per layer, 0 for a layer without attention."""
 
-    kind: str  # llama, qwen2
+    kind: str  # llama, qwen2, …
     hidden: int
     head_dim: int
     heads: tuple[int, ...]
@@ -64,24 +54,34 @@ class Language:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A vision-language model of the LLaVA layout: tower, per-token projector, language model."""
+    """A vision-language model: tower, projector, language model, and the sizes of image it is cut for."""
 
     family: str
     tower: Tower
+    projector: int  # parameters between tower and language model
     language: Language
-    image_token_id: int
-    keep: int  # visual tokens per image that reach the language model
+    layout: Layout
+    buckets: tuple[Bucket, ...]
+    segments: tuple[tuple[int, ...], ...]  # for each bucket, rows of each tower segment that attends to itself
+    breaks: tuple[int, ...]  # for each bucket, tokens that only say that a row of tiles ends
+    scored: bool  # whether tokens can be scored by attention in the tower
+    keep: tuple[int, ...]  # for each bucket, visual tokens that reach the language model
     method: str | None = None  # how they are chosen; None keeps all
     quantized: tuple[str, ...] = ()  # parts whose linears are int8: vision, language
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image before any pruning."""
-        return self.tower.patches
+        """Visual tokens of an image before any pruning, in the smallest bucket."""
+        return self.smallest.tokens
+
+    @property
+    def smallest(self) -> Bucket:
+        """The bucket with the fewest visual tokens."""
+        return min(self.buckets, key=lambda bucket: bucket.tokens)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON knows it: lists, no tuples."""
-        return asdict(self, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,24 @@ class Cost:
     parameters: int
 
 
-def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32) -> list[Cost]:
+def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0) -> list[Cost]:
     """Where the work of a first token goes, for a prompt of `images` images and `text_tokens` tokens.
 
-    Counts matrix products only (linears and attention); norms, activations and softmax are left out.
+    Counts matrix products only (linears and attention); norms, activations, convolutions and softmax are left out.
     """
     t, lm = a.tower, a.language
-    rows = t.tokens
+    segments = a.segments[bucket]
+    rows = sum(segments)
     tower_flops = tower_parameters = 0
     for heads in t.heads[: t.feature_layer]:
         width = heads * t.head_dim
-        linears = 4 * t.hidden * width + 2 * t.hidden * t.intermediate
+        linears = 4 * t.hidden * width + t.matrices * t.hidden * t.intermediate
         tower_parameters += linears
-        tower_flops += 2 * rows * linears + 4 * rows * rows * width
+        tower_flops += 2 * rows * linears + 4 * sum(n * n for n in segments) * width
     patch = 3 * t.patch_size**2 * t.hidden
-    tower_flops += 2 * t.patches * patch
+    tower_flops += 2 * (rows - t.has_cls * len(segments)) * patch
     tower_parameters += patch
-    projector = t.hidden * lm.hidden + lm.hidden**2
-    sequence = images * a.keep + text_tokens
+    sequence = images * a.keep[bucket] + text_tokens
     lm_flops = lm_parameters = 0
     for heads, kv_heads in zip(lm.heads, lm.kv_heads, strict=True):
         linears = lm.hidden * lm.head_dim * (2 * heads + 2 * kv_heads) + 3 * lm.hidden * lm.intermediate
@@ -119,7 +119,7 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32) -> list[Cost]:
     vocabulary = lm.hidden * lm.vocabulary
     return [
         Cost("vision tower", images * tower_flops, tower_parameters),
-        Cost("projector", 2 * images * a.keep * projector, projector),
+        Cost("projector", 2 * images * a.keep[bucket] * a.projector, a.projector),
         Cost("language model", lm_flops, lm_parameters),
         Cost("embedding and lm_head", 2 * vocabulary, vocabulary * (1 if lm.tied else 2)),
     ]

@@ -8,15 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .structure import head_dim, kv_heads, output_name, query_heads
+
 
 def take_heads(attention: Any, keep: Sequence[int]) -> None:
     """Shrink one tower attention block in place to the heads in `keep`; head_dim and scale do not change."""
-    rows = _rows(keep, attention.head_dim)
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        take_rows(projection, rows)
-    # out_proj sums over heads into the residual stream: it loses input columns and keeps its bias.
-    take_columns(attention.out_proj, rows)
+    width = head_dim(attention)
+    rows = _rows(keep, width)
+    if hasattr(attention, "qkv"):  # one matrix, q above k above v
+        full = attention.qkv.out_features // 3
+        take_rows(attention.qkv, torch.cat([rows, rows + full, rows + 2 * full]))
+    else:
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            take_rows(projection, rows)
+    # The output projection sums over heads into the residual stream: it loses input columns and keeps its bias.
+    take_columns(getattr(attention, output_name(attention)), rows)
     attention.num_heads = len(keep)
+    for name in ("dim", "embed_dim"):  # some forwards reshape to the width of all heads
+        if hasattr(attention, name):
+            setattr(attention, name, len(rows))
 
 
 def take_kv_groups(attention: Any, keep: Sequence[int]) -> None:
@@ -24,23 +34,31 @@ def take_kv_groups(attention: Any, keep: Sequence[int]) -> None:
 
     Query heads per group cannot change: a grouped-query kernel has one ratio per layer.
     """
-    group = attention.num_key_value_groups
-    queries = _rows([g * group + i for g in sorted(keep) for i in range(group)], attention.head_dim)
-    pairs = _rows(keep, attention.head_dim)
+    width = head_dim(attention)
+    group = query_heads(attention) // kv_heads(attention)
+    queries = _rows([g * group + i for g in sorted(keep) for i in range(group)], width)
+    pairs = _rows(keep, width)
     take_rows(attention.q_proj, queries)
     take_rows(attention.k_proj, pairs)
     take_rows(attention.v_proj, pairs)
-    take_columns(attention.o_proj, queries)
+    take_columns(getattr(attention, output_name(attention)), queries)
 
 
 def take_layers(layers: nn.ModuleList, keep: Sequence[int]) -> nn.ModuleList:
     """The layers in `keep`, in order, with `layer_idx` renumbered so that each owns the right KV buffer."""
     taken = nn.ModuleList(layers[i] for i in sorted(keep))
     for index, layer in enumerate(taken):
-        attention: Any = layer.self_attn
-        if hasattr(attention, "layer_idx"):
-            attention.layer_idx = index
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index  # type: ignore[assignment]
     return taken
+
+
+def count_layers(config: Any, layers: int) -> None:
+    """Write the number of layers into a config, whatever its family calls it."""
+    for name in ("num_hidden_layers", "depth"):
+        if hasattr(config, name):
+            setattr(config, name, layers)
 
 
 def take_rows(linear: nn.Linear, rows: Tensor) -> None:

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..errors import ModelError, nearest
-from ..manifest import digest
-from . import llava, tiny
+from ..errors import ModelError
+from ..manifest import Bucket, digest
+from ..processors import Processor, open_processor
+from ..prompt import Prompter
+from . import tiny
 from .anatomy import Anatomy
+from .families import family_of
+from .selection import Attached, Selection, attached
+from .structure import Parts
 
-READERS = {"llava": llava}
-_WRAP = ".wrapped."
+Size = tuple[int, int]  # pixels: height, width
 
 
 @dataclass
 class Loaded:
-    """A model in eval mode, its processor (PIL backend), and where both came from."""
+    """A model in eval mode with what vlmcut attached to it, its processor (no torch), and where both came from."""
 
     model: Any
     processor: Any
@@ -37,19 +42,95 @@ class Loaded:
 
 
 def describe(model: Any) -> Anatomy:
-    """The anatomy of a model, read from what is there."""
-    return _reader(model.config).describe(model)
+    """The anatomy of a loaded model, cut or not, read from what is there; works on the meta device.
+
+    Raises:
+        ModelError: a layout or a config field that the family's reader does not understand.
+    """
+    about = attached(model)
+    family, config = about.family, model.config
+    parts = family.locate(model)
+    blocks = [parts.tower_layers, parts.language_layers]
+    quantized = [part for part, layers in zip(("vision", "language"), blocks, strict=True) if _is_int8(layers)]
+    return Anatomy(
+        family=config.model_type,
+        tower=family.tower(model, parts),
+        projector=0 if parts.projector is None else sum(p.numel() for p in _weights(parts.projector) if p.dim() > 1),
+        language=family.language(model, parts),
+        layout=family.layout(config),
+        buckets=about.buckets,
+        segments=tuple(family.segments(config, bucket.geometry) for bucket in about.buckets),
+        breaks=tuple(len(bucket.line_breaks) for bucket in about.buckets),
+        scored=family.scored_attention(model) is not None
+        and all(family.members(config, bucket.geometry) is not None for bucket in about.buckets),
+        keep=tuple(about.keep(index) for index in range(len(about.buckets))),
+        method=about.selection.selector.method if about.selection else None,
+        quantized=tuple(quantized),
+    )
 
 
-def locate(model: Any) -> llava.Parts:
+def _weights(module: Any) -> list[torch.Tensor]:
+    return list(module.state_dict().values())
+
+
+def _is_int8(layers: list[Any]) -> bool:
+    return any(tensor.dtype == torch.int8 for layer in layers[:1] for tensor in _weights(layer))
+
+
+def locate(model: Any) -> Parts:
     """The live modules of a model."""
-    return _reader(model.config).locate(model)
+    return family_of(model.config).locate(model)
+
+
+def attach(model: Any, buckets: tuple[Bucket, ...], selection: Selection | None = None) -> Any:
+    """Give a model what vlmcut needs to know beside its modules.
+
+    Raises:
+        ModelError: its parts are not where transformers' families keep them.
+    """
+    locate(model)
+    model.vlmcut = Attached(family_of(model.config), buckets, selection)
+    return model
+
+
+def make_buckets(config: Any, processor: Any, sizes: tuple[Size, ...] = ()) -> tuple[Bucket, ...]:
+    """The buckets of pictures of these sizes; one of the family's own size for none.
+
+    Raises:
+        ModelError: two sizes that the processor makes the same of, or a processor that writes no placeholder.
+    """
+    family = family_of(config)
+    prompter = Prompter(processor, family.layout(config))
+    found: list[Bucket] = []
+    for size in sizes or (family.default_size(config),):
+        bucket = prompter.bucket(size)
+        bucket = replace(bucket, panels=family.panels(config, bucket))
+        if bucket.panels and (drawn := sum(panel.tokens for panel in bucket.panels)) != bucket.tokens:
+            raise ModelError(
+                f"`{config.model_type}`: the processor writes {bucket.tokens} placeholders for an image of "
+                f"{bucket.name} pixels, the model's config makes {drawn} visual tokens",
+                hint="the processor does not belong to this model",
+            )
+        if bucket.tokens == 0:
+            raise ModelError(
+                f"`{config.model_type}`: the processor writes no token {prompter.layout.image_token_id} for an image",
+                hint="the processor does not belong to this model",
+            )
+        twin = next((b for b in found if b.geometry == bucket.geometry), None)
+        if twin is not None:
+            raise ModelError(
+                f"images of {twin.name} and {bucket.name} pixels become the same to this model",
+                hint="name only one of them in --image-size",
+            )
+        found.append(bucket)
+    return tuple(found)
 
 
 def load(
     model: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    sizes: tuple[Size, ...] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -58,6 +139,7 @@ def load(
     Args:
         model: a Hugging Face folder, `tiny:llava` (random, offline), or a hub id.
         dtype: of the weights in memory.
+        sizes: height and width in pixels of the pictures to be cut for, a bucket each; the family's own for none.
 
     Raises:
         ModelError: not a model, a text-only model, missing or damaged weights, or a layout without a reader.
@@ -65,7 +147,10 @@ def load(
     name = str(model)
     if name.startswith("tiny:"):
         made, processor = tiny.make(name.removeprefix("tiny:"))
-        return Loaded(made.to(dtype).eval(), processor, {"id": name, "revision": None, "files": {}})
+        family_of(made.config).check(made.config)
+        opened = _tiny_processor(name, processor)
+        attach(made, make_buckets(made.config, opened, sizes))
+        return Loaded(made.to(dtype).eval(), opened, {"id": name, "revision": None, "files": {}})
     folder = Path(name)
     if _is_local(name):
         check_folder(folder)
@@ -89,37 +174,53 @@ def load(
         "revision": revision or getattr(config, "_commit_hash", None),
         "files": {p.name: digest(p) for p in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {},
     }
-    return Loaded(loaded.eval(), load_processor(name, **options), source)
+    processor = load_processor(name, **options)
+    attach(loaded, make_buckets(config, processor, sizes))
+    return Loaded(loaded.eval(), processor, source)
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The config of an image-text-to-text model that a reader understands; no weight is touched."""
     if name.startswith("tiny:"):
-        return tiny.make(name.removeprefix("tiny:"))[0].config
+        config = tiny.make(name.removeprefix("tiny:"))[0].config
+        family_of(config).check(config)
+        return config
     if _is_local(name):
         _check_config(Path(name))
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"`{name}` cannot be loaded: {str(error).splitlines()[0]}", hint=_MODEL_HINT) from error
-    reader = _reader(config)
+    if not hasattr(config, "vision_config"):
+        if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise ModelError(
+                f"cannot describe `{config.model_type}`: its config has no vision_config",
+                hint="vlmcut cuts models with a vision tower whose features take the place of image tokens",
+            )
+        raise ModelError(
+            f"`{config.model_type}` is a text-only model: it has no vision tower",
+            hint="vlmcut cuts vision-language models",
+        )
     if not trust_remote_code and getattr(config, "auto_map", None):
         raise ModelError(f"`{name}` brings its own code", hint="read it, then pass --trust-remote-code")
-    reader.check(config)
+    family_of(config).check(config)
     return config
 
 
-def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor with PIL image backend, the one that the torch-free runner uses too."""
-    try:
-        return AutoProcessor.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code, backend="pil"
-        )
-    except (OSError, ValueError, StrictDataclassError) as error:
+def load_processor(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Processor:
+    """The processor, the one that the torch-free runner uses too."""
+    if name.startswith("tiny:"):
+        return _tiny_processor(name, tiny.make(name.removeprefix("tiny:"))[1])
+    return open_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _tiny_processor(name: str, made: Any) -> Processor:
+    if made is None:
         raise ModelError(
-            f"`{name}`: no processor: {str(error).splitlines()[0]}",
-            hint="save the processor (image processor, tokenizer, chat template) beside the weights",
-        ) from error
+            f"`{name}` has random weights, but no processor",
+            hint="use tiny:llava or a model's folder; `vlmcut inspect --all-transformers` needs no processor",
+        )
+    return Processor(made)
 
 
 _MODEL_HINT = "give a Hugging Face folder (config.json, *.safetensors, processor), a hub id, or tiny:llava"
@@ -193,30 +294,16 @@ def _check_safetensors(path: Path) -> None:
         raise ModelError(f"`{path}` is damaged: {size:,} bytes, its header names {want:,}", hint="download it again")
 
 
-def _reader(config: Any) -> Any:
-    kind = getattr(config, "model_type", None) or "?"
-    if kind in READERS:
-        return READERS[kind]
-    if not hasattr(config, "vision_config"):
-        raise ModelError(
-            f"`{kind}` is a text-only model: it has no vision tower", hint="vlmcut cuts vision-language models"
-        )
-    raise ModelError(f"cannot describe `{kind}`: no reader for it", hint=nearest(kind, READERS))
-
-
 def skeleton(config: Any) -> Any:
     """A model of this config with unset weights but real rotary tables."""
     with no_init_weights():
-        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+        made = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    made.tie_weights()  # left out above
+    return made
 
 
 def state_dict(model: Any) -> dict[str, torch.Tensor]:
     """Weights under their Hugging Face names, each tied weight once."""
     # A tied `lm_head.weight` takes its `lm_head.weight_scale` along, when it is quantized.
-    tied = tuple(model.all_tied_weights_keys) if model.config.tie_word_embeddings else ()
-    return {plain_name(n): t.contiguous() for n, t in model.state_dict().items() if not n.startswith(tied)}
-
-
-def plain_name(name: str) -> str:
-    """The Hugging Face name of a weight, without the modules that vlmcut put around its owner."""
-    return name.replace(_WRAP, ".")
+    tied = tuple(model.all_tied_weights_keys) if getattr(model.config, "tie_word_embeddings", False) else ()
+    return {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(tied)}

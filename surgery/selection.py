@@ -1,30 +1,40 @@
-"""The one place where visual tokens leave a model: a module around the vision tower.
+"""Which visual tokens stay: what a selector may look at, and where a model keeps its selector.
 
-The tower runs as it is; a selector scores its tokens and the module hands the kept ones on, in raster order. The
-projector and the language model then never see the others. State-dict names do not change on disk: the prefix
-`.wrapped.` is dropped when a model is saved.
+Tokens leave after the family has packed them (pixel shuffle, tiles, merges, line breaks), so one rule serves every
+family; a projector that works token by token still runs on the kept ones only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import Tensor
+
+from ..manifest import Bucket
 
 
 @dataclass(frozen=True)
 class TowerState:
-    """What a selector may look at. N patches, d the tower's width; the leading axis is images."""
+    """What a selector may look at for one image. N visual tokens; the leading axis is 1."""
 
-    patches: Tensor  # features of the patches, [images, N, d]
-    block_input: Tensor  # input of the last block that ran, [images, N (+1 for CLS), d]
-    block: Any  # that block, a transformers encoder layer
-    has_cls: bool
-    project: Callable[[Tensor], Tensor]  # the projector, [images, N, d] -> [images, N, hidden]
+    tokens: Tensor  # features of the visual tokens, before a per-token projector, [1, N, d]
+    project: Callable[[Tensor], Tensor]  # [1, N, d] -> [1, N, hidden]; the identity where they are projected already
+    attention: tuple[tuple[Tensor, Tensor], ...]  # q and k of the scored tower block, [segments, heads, rows, head_dim]
+    scale: float
+    has_cls: bool  # row 0 of each segment is [CLS]
+    members: Tensor | None  # int64 [N, u]: the patches behind each token, counted over segments; -1 for none
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[1]
+
+    def only(self, positions: Tensor) -> TowerState:
+        """The same with these tokens alone, int64 [n]."""
+        members = None if self.members is None else self.members.index_select(0, positions)
+        return replace(self, tokens=self.tokens.index_select(1, positions), members=members)
 
 
 class Selector(Protocol):
@@ -36,7 +46,7 @@ class Selector(Protocol):
         ...
 
     def __call__(self, state: TowerState, keep: int) -> Tensor:
-        """Ascending kept positions, int64 [images, keep]."""
+        """Ascending kept positions, int64 [1, keep]."""
         ...
 
     def scores(self, state: TowerState) -> Tensor | None:
@@ -48,53 +58,69 @@ class Selector(Protocol):
         ...
 
 
+LINE_BREAKS = ("drop", "keep", "compete")  # what becomes of newline tokens; see passes/prune_tokens.py
+
+
 @dataclass
-class SelectedOutput(BaseModelOutputWithPooling):
-    """The tower's output with the positions of the kept tokens, int64 [images, keep]."""
+class Selection:
+    """A selector, how many tokens it keeps of an image of each bucket, and what it does with line breaks."""
 
-    kept: Tensor | None = None
+    selector: Selector
+    keep: tuple[int, ...]
+    line_breaks: str = "drop"
+
+    def choose(self, state: TowerState, keep: int, breaks: tuple[int, ...] = ()) -> Tensor:
+        """Ascending positions to keep, int64 [1, keep]. `breaks` are the positions of newline tokens."""
+        if keep == state.count:
+            return torch.arange(keep)[None]
+        others, pinned = self._split(state, breaks)
+        if others is None:
+            return self.selector(state, keep)
+        chosen = others[self.selector(state.only(others), keep - len(pinned))]
+        return torch.sort(torch.cat([chosen, pinned[None]], dim=1), dim=1).values if len(pinned) else chosen
+
+    def regret(self, state: TowerState, kept: Tensor, breaks: tuple[int, ...] = ()) -> Tensor:
+        """By how much `kept`, [1, K], falls short of the selector's own choice; infinite where no score excuses it."""
+        if kept.shape[1] == state.count:
+            return torch.tensor(0.0 if torch.equal(kept[0], torch.arange(state.count)) else torch.inf)
+        others, pinned = self._split(state, breaks)
+        if others is None:
+            return self.selector.regret(state, kept)
+        free = kept[0][~torch.isin(kept[0], pinned)]
+        if len(free) != kept.shape[1] - len(pinned) or not torch.isin(free, others).all():
+            return torch.tensor(torch.inf)
+        return self.selector.regret(state.only(others), torch.searchsorted(others, free)[None])
+
+    def scores(self, state: TowerState, breaks: tuple[int, ...] = ()) -> Tensor | None:
+        """What is ranked or measured, without line breaks that do not compete."""
+        others, _ = self._split(state, breaks)
+        return self.selector.scores(state if others is None else state.only(others))
+
+    def _split(self, state: TowerState, breaks: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        """Positions that compete (None for all) and positions that stay whatever their score."""
+        if not breaks or self.line_breaks == "compete":
+            return None, torch.zeros(0, dtype=torch.int64)
+        others = sorted(set(range(state.count)) - set(breaks))
+        return torch.tensor(others), torch.tensor(breaks if self.line_breaks == "keep" else (), dtype=torch.int64)
 
 
-class TokenSelection(nn.Module):
-    """A vision tower that returns only `keep` of its patch tokens (and [CLS], where the tower has one).
+@dataclass
+class Attached:
+    """What vlmcut knows about a model beside its modules; `model.vlmcut`."""
 
-    Source: methods.md calls this hook h2; a per-token projector makes it equal to selecting after the projector.
-    """
+    family: Any  # surgery.families.base.Family
+    buckets: tuple[Bucket, ...]
+    selection: Selection | None = None
 
-    wrapped: Any
-    _projector: list[Callable[[Tensor], Tensor]]
+    def keep(self, bucket: int) -> int:
+        """Visual tokens that an image of this bucket keeps."""
+        return self.selection.keep[bucket] if self.selection else self.buckets[bucket].tokens
 
-    def __init__(self, tower: nn.Module, projector: nn.Module, selector: Selector, keep: int, has_cls: bool) -> None:
-        super().__init__()
-        self.wrapped = tower
-        self.selector = selector
-        self.keep = keep
-        self.has_cls = has_cls
-        # Not registered: the projector keeps its one place in the state dict.
-        object.__setattr__(self, "_projector", [projector])
+    def line_breaks(self, geometry: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Positions of the newline tokens of an image of this geometry."""
+        return next(bucket.line_breaks for bucket in self.buckets if bucket.geometry == geometry)
 
-    def state(self, pixel_values: Tensor, **kwargs: Any) -> tuple[TowerState, Any]:
-        """Run the tower and gather what a selector may look at. pixel_values: [images, 3, height, width]."""
-        last = len(self.wrapped.encoder.layers)
-        out = self.wrapped(pixel_values, output_hidden_states=[last - 1, last], return_dict=True, **kwargs)
-        features = out.hidden_states[last]
-        return (
-            TowerState(
-                patches=features[:, 1:] if self.has_cls else features,
-                block_input=out.hidden_states[last - 1],
-                block=self.wrapped.encoder.layers[last - 1],
-                has_cls=self.has_cls,
-                project=self._projector[0],
-            ),
-            out,
-        )
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SelectedOutput:
-        kwargs.pop("output_hidden_states", None)
-        kwargs.pop("return_dict", None)
-        state, out = self.state(pixel_values, **kwargs)
-        kept = self.selector(state, self.keep)
-        tokens = state.patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, state.patches.shape[-1]))
-        if self.has_cls:  # the caller drops this row again
-            tokens = torch.cat([out.hidden_states[-1][:, :1], tokens], dim=1)
-        return SelectedOutput(hidden_states=(*out.hidden_states[:-1], tokens), kept=kept)
+def attached(model: Any) -> Attached:
+    """What vlmcut attached to a model when it was loaded."""
+    return model.vlmcut

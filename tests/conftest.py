@@ -18,6 +18,7 @@ import torch
 import vlmcut
 from hypothesis import settings
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmcut.exporters.graphs import write_graphs
 from vlmcut.exporters.operators import Contrib, Operators, Standard
 from vlmcut.manifest import GraphInfo, TokenBudget
@@ -25,8 +26,9 @@ from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import make
 from vlmcut.pipeline import Request, convert
-from vlmcut.prompt import Prompter
+from vlmcut.prompt import Prompt, Prompter
 from vlmcut.surgery.load import Loaded, describe
+from vlmcut.surgery.talk import see_all
 
 torch.set_num_threads(1)
 # Examples are derived from the test alone, so that a failure repeats; timing is not what is tested.
@@ -38,7 +40,7 @@ KINDS = ("llava", "llava-siglip-qwen2")
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[[str], Loaded]:
-    """A factory: a fresh tiny model of a kind (`llava` or `llava-siglip-qwen2`), the same weights every time."""
+    """A factory: a fresh tiny model of a kind (`llava`, `qwen2_vl`, …), the same weights every time."""
 
     def make(kind: str = "llava") -> Loaded:
         return vlmcut.load(f"tiny:{kind}")
@@ -79,29 +81,57 @@ def bundle_rtx_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
+QUESTION = "Is the red <image> left?"
+
+
+def seeded_images(loaded: Loaded) -> list[Image.Image]:
+    """Two images of noise, of the size that a model is attached for."""
+    rng = np.random.default_rng(7)
+    size = describe(loaded.model).smallest.size
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(2)]
+
+
 @pytest.fixture(scope="session")
-def prompt() -> Callable[[Loaded], dict[str, torch.Tensor]]:
-    """Inputs of a model: two seeded images, one of them inside the text, placeholders for the tokens it keeps."""
+def prompt() -> Callable[[Loaded], Prompt]:
+    """A whole prompt for a model: two seeded images, one of them inside the text, placeholders for all their tokens."""
+
+    def made(loaded: Loaded) -> Prompt:
+        return Prompter(loaded.processor, describe(loaded.model).layout)(seeded_images(loaded), QUESTION)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def stock(prompt: Callable[[Loaded], Prompt]) -> Callable[[Loaded], dict[str, torch.Tensor]]:
+    """Inputs of `model.forward` for the same prompt, as transformers' users call it: nothing of ours chooses tokens."""
 
     def inputs(loaded: Loaded) -> dict[str, torch.Tensor]:
-        a = describe(loaded.model)
-        rng = np.random.default_rng(7)
-        size = a.tower.image_size
-        images = [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(2)]
-        made = Prompter(loaded.processor, a.image_token_id, a.visual_tokens)(images, "Is the red <image> left?")
-        made = made.shrink(a.keep)
-        return {"input_ids": torch.from_numpy(made.input_ids), "pixel_values": torch.from_numpy(made.pixel_values)}
+        made = prompt(loaded)
+        pixels = np.concatenate([picture.pixel_values for picture in made.pictures])
+        return {"input_ids": torch.from_numpy(made.input_ids), "pixel_values": torch.from_numpy(pixels)}
 
     return inputs
 
 
 @pytest.fixture(scope="session")
-def logits(prompt: Callable[[Loaded], dict[str, torch.Tensor]]) -> Callable[[Loaded], torch.Tensor]:
-    """What a model answers to `prompt`: logits of every column, [1, columns, vocabulary]."""
+def seen(prompt: Callable[[Loaded], Prompt]) -> Callable[[Loaded], dict[str, Any]]:
+    """Inputs of `model.forward` for the prompt shrunk to what a model keeps, with the features that were kept."""
+
+    def inputs(loaded: Loaded) -> dict[str, Any]:
+        shrunk, pictures = see_all(loaded.model, prompt(loaded))
+        features = BaseModelOutputWithPooling(pooler_output=tuple(s.features for s in pictures))  # type: ignore[arg-type]
+        return {"input_ids": torch.from_numpy(shrunk.input_ids), "mm_encoder_outputs": {"image": features}}
+
+    return inputs
+
+
+@pytest.fixture(scope="session")
+def logits(seen: Callable[[Loaded], dict[str, Any]]) -> Callable[[Loaded], torch.Tensor]:
+    """What transformers' forward answers to `seen`: logits of every column, [1, columns, vocabulary]."""
 
     def run(loaded: Loaded) -> torch.Tensor:
         with torch.no_grad():
-            return loaded.model(**prompt(loaded)).logits
+            return loaded.model(**seen(loaded)).logits
 
     return run
 
@@ -144,7 +174,7 @@ def export(
             folder = tmp_path_factory.mktemp("graphs")
             before = {"": logits(loaded)} if dtype == torch.float32 else {}
             before |= {n: t.clone() for n, t in loaded.model.state_dict().items()}
-            infos = write_graphs(loaded.model, [BUDGET], operators, folder)
+            infos = write_graphs(loaded.model, [BUDGET], [(BUDGET.visual_tokens,)], operators, folder)
             after = {"": logits(loaded)} if dtype == torch.float32 else {}
             after |= loaded.model.state_dict()
             same = before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())

@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vlmcut.errors import BundleError
-from vlmcut.manifest import GraphInfo, Manifest, TensorInfo, TokenBudget, check_files, digest, read
+from vlmcut.manifest import (
+    Bucket,
+    GraphInfo,
+    Layout,
+    Manifest,
+    Panel,
+    TensorInfo,
+    TokenBudget,
+    check_files,
+    digest,
+    read,
+)
 
 sizes = st.integers(1, 10_000)
 budgets = st.builds(TokenBudget, images=sizes, visual_tokens=sizes, text_tokens=sizes, new_tokens=sizes)
@@ -23,10 +34,33 @@ graphs = st.builds(
     GraphInfo,
     role=st.sampled_from(["vision", "prefill", "decode"]),
     budget=st.integers(0, 3),
+    bucket=st.integers(0, 3),
     file=st.sampled_from(["graphs/a.onnx", "b.onnx"]),
     inputs=st.lists(tensors, max_size=3).map(tuple),
     outputs=st.lists(tensors, max_size=3).map(tuple),
     engine=st.sampled_from([None, "engines/rtx/a.plan"]),
+)
+small = st.integers(1, 9)
+shares = st.floats(0, 1)
+panels = st.builds(
+    Panel, rows=small, columns=small, box=st.tuples(shares, shares, shares, shares), line_breaks=st.booleans()
+)
+shapes = st.lists(sizes, min_size=1, max_size=5).map(tuple)
+buckets = st.builds(
+    Bucket,
+    size=st.tuples(sizes, sizes),
+    geometry=st.fixed_dictionaries(
+        {"pixel_values": shapes}, optional={"image_sizes": shapes, "image_grid_thw": shapes, "spatial_shapes": shapes}
+    ),
+    tokens=sizes,
+    panels=st.lists(panels, max_size=4).map(tuple),
+)
+layouts = st.builds(
+    Layout,
+    image_token_id=sizes,
+    positions=st.sampled_from(["compact", "mrope"]),
+    first_position=st.integers(0, 1),
+    merge=st.integers(1, 3),
 )
 manifests = st.builds(
     Manifest,
@@ -34,12 +68,10 @@ manifests = st.builds(
     recipe=st.lists(st.fixed_dictionaries({"name": names, "keep": sizes}), max_size=3),
     target=st.sampled_from(["onnx", "rtx", "trt"]),
     dtype=st.sampled_from(["float32", "float16"]),
-    image_token_id=sizes,
-    visual_tokens_full=sizes,
-    grid=st.tuples(sizes, sizes),
+    layout=layouts,
+    buckets=st.lists(buckets, min_size=1, max_size=3).map(tuple),
     budgets=st.lists(budgets, min_size=1, max_size=3).map(tuple),
     graphs=st.dictionaries(names, graphs, max_size=3),
-    cache_shapes=st.lists(st.tuples(sizes, sizes), max_size=3).map(tuple),
     files=st.dictionaries(
         st.sampled_from(["config.json", "graphs/weights.bin"]), st.fixed_dictionaries({"sha256": names, "bytes": sizes})
     ),
@@ -56,6 +88,28 @@ def test_sizes_follow_from_the_budget(budget: TokenBudget) -> None:
     assert budget.cache - budget.sequence == budget.new_tokens
 
 
+@given(buckets)
+def test_line_breaks_are_the_last_of_their_rows(bucket: Bucket) -> None:
+    """Walk the panels token by token, as the family's rows are written."""
+    walked = []
+    position = 0
+    for panel in bucket.panels:
+        start = position
+        for _ in range(panel.rows):
+            position += panel.columns
+            if panel.line_breaks:
+                walked.append(position)
+                position += 1
+        assert position - start == panel.tokens
+    assert bucket.line_breaks == tuple(walked)
+    assert bucket.name == f"{bucket.size[0]}x{bucket.size[1]}"
+
+
+@given(layouts)
+def test_axes(layout: Layout) -> None:
+    assert layout.axes == (3 if layout.positions == "mrope" else 1)
+
+
 @given(manifests)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> None:
     folder = tmp_path_factory.mktemp("manifest")
@@ -68,11 +122,11 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest
         assert (stored["sequence"], stored["cache"]) == (budget.sequence, budget.cache)
 
 
-@given(st.integers().filter(lambda n: n != 1))
+@given(st.integers().filter(lambda n: n != 2))
 def test_other_schemas_are_refused(tmp_path_factory: pytest.TempPathFactory, schema: int) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     (folder / "manifest.json").write_text(json.dumps({"schema": schema}))
-    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 1"):
+    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 2"):
         read(folder)
 
 
@@ -110,5 +164,20 @@ def test_graph_by_role_and_budget(bundle_int8: Path) -> None:
     for index, keep in enumerate((5, 16)):
         for role in ("vision", "prefill", "decode"):
             assert manifest.graph(role, index).file == f"graphs/{role}-{keep}.onnx"
-    with pytest.raises(BundleError, match="no decode graph for budget 2"):
+    with pytest.raises(BundleError, match="no decode graph for budget 2, bucket 0"):
         manifest.graph("decode", 2)
+    with pytest.raises(BundleError, match="no vision graph for budget 1, bucket 1"):
+        manifest.graph("vision", 1, 1)
+
+
+@given(manifests)
+def test_a_graph_is_found_by_all_three(manifest: Manifest) -> None:
+    """Role, budget and bucket together; a graph that agrees in two of them is another one."""
+    there = {(g.role, g.budget, g.bucket) for g in manifest.graphs.values()}
+    for wanted in there | {("vision", 0, 1), ("decode", 4, 0)}:
+        if wanted in there:
+            found = manifest.graph(*wanted)
+            assert (found.role, found.budget, found.bucket) == wanted
+            continue
+        with pytest.raises(BundleError, match=f"no {wanted[0]} graph for budget {wanted[1]}, bucket {wanted[2]}"):
+            manifest.graph(*wanted)

@@ -11,12 +11,13 @@ import pytest
 import vlmcut
 from PIL import Image
 from vlmcut import api, pipeline
-from vlmcut.errors import ExportError, PassError, VlmcutError
+from vlmcut.errors import ExportError, ModelError, PassError, VlmcutError
 from vlmcut.exporters.lint import Finding
 from vlmcut.manifest import Manifest, read
 from vlmcut.pipeline import Request
 from vlmcut.surgery.anatomy import costs, kv_bytes
 from vlmcut.surgery.load import describe
+from vlmcut.surgery.selection import attached
 
 SMALL = {"images": 2, "text_tokens": 24, "new_tokens": 20}
 
@@ -26,7 +27,8 @@ SMALL = {"images": 2, "text_tokens": 24, "new_tokens": 20}
 )
 def test_prune_is_the_fraction_removed(prune: float, kept: int) -> None:
     planned = pipeline.plan(Request(model="tiny:llava", prune=prune))
-    assert [b.visual_tokens for b in planned.budgets] == [kept] == [planned.after.keep]
+    assert [b.visual_tokens for b in planned.budgets] == [kept]
+    assert planned.keeps == (planned.after.keep,) == ((kept,),)
 
 
 def test_several_budgets() -> None:
@@ -36,12 +38,34 @@ def test_several_budgets() -> None:
         (3, 30, 50),
         (16, 56, 76),
     ]
-    assert planned.after.keep == 3
+    assert planned.after.keep == (3,) and planned.keeps == ((9,), (3,), (16,))
+
+
+def test_image_sizes_are_buckets() -> None:
+    """A family of one fixed size takes any picture; the bucket remembers which one it was made for."""
+    for size in ((32, 32), (30, 40), (700, 20)):
+        planned = pipeline.plan(Request(model="tiny:llava", prune=0.7, image_size=(size,)))
+        (bucket,) = planned.before.buckets
+        assert (bucket.size, bucket.tokens, bucket.name) == (size, 16, f"{size[0]}x{size[1]}")
+        assert bucket.geometry == {"pixel_values": (1, 3, 32, 32)}
+        assert [(p.rows, p.columns, p.box) for p in bucket.panels] == [(4, 4, (0, 0, 1, 1))]
+        (had,) = vlmcut.inspect("tiny:llava", image_size=(size,))["before"]["anatomy"]["buckets"]
+        assert had["size"] == list(size)
+    assert pipeline.plan(Request(model="tiny:llava")).before.buckets[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("size", [(0, 32), (32, 0), (-1, 32), (1 << 14, 1 << 14)])
+def test_no_such_image_size(size: tuple[int, int]) -> None:
+    with pytest.raises(ExportError, match=f"--image-size {size[0]}x{size[1]}: an image has 1 to"):
+        pipeline.plan(Request(model="tiny:llava", image_size=(size,)))
 
 
 def test_plan_reads_no_weight(tmp_path: Path, tiny: Any) -> None:
-    """A folder with nothing but the config is enough to plan, and not enough to convert."""
-    tiny("llava").model.config.save_pretrained(tmp_path / "model")
+    """A folder with the config and the processor is enough to plan, and not enough to convert."""
+    loaded = tiny("llava")
+    loaded.model.config.save_pretrained(tmp_path / "model")
+    loaded.processor.save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.safetensors"))
     planned = pipeline.plan(Request(model=str(tmp_path / "model"), prune=0.7))
     assert planned == pipeline.plan(Request(model="tiny:llava", prune=0.7))
     with pytest.raises(VlmcutError, match=r"model\.safetensors"):
@@ -93,13 +117,21 @@ def test_bundle_is_what_was_planned(bundle: Path, tiny: Any) -> None:
     assert manifest.source["id"] == "tiny:llava"
     assert {k: manifest.anatomy[k] for k in planned.after.to_json()} == planned.after.to_json()
     (budget,) = manifest.budgets
-    kv = {(1, heads, budget.cache, dim) for heads, dim in manifest.cache_shapes}
+    assert (manifest.layout, manifest.buckets) == (planned.before.layout, planned.before.buckets)
+    language = planned.after.language
+    kv = {
+        f"{kind}_{layer}": (1, heads, budget.cache, language.head_dim)
+        for layer, heads in enumerate(language.kv_heads)
+        for kind in ("key", "value")
+    }
     for role, columns in (("prefill", budget.sequence), ("decode", 1)):
         graph = manifest.graph(role, 0)
         shapes = {t.name: t.shape for t in graph.inputs}
         assert shapes["input_ids"] == (1, columns)
-        assert {s for n, s in shapes.items() if n.startswith("past_")} == kv
-        assert {t.shape for t in graph.outputs if t.name.startswith("present_")} == kv
+        assert {n.removeprefix("past_"): s for n, s in shapes.items() if n.startswith("past_")} == kv
+        present = {t.name.removeprefix("present_"): t.shape for t in graph.outputs if t.name != "logits"}
+        assert present == kv
+        assert shapes["position_ids"] == (1, columns) and shapes["length"] == (1,)
     assert {t.name: t.shape for t in manifest.graph("vision", 0).outputs} == {"image_features": (5, 48), "kept": (1, 5)}
     assert manifest.exactness["ok"] and manifest.exactness["equal"] == manifest.exactness["tokens"] == 64
     assert {"torch", "transformers", "vlmcut", "python"} <= set(manifest.tools)
@@ -140,7 +172,8 @@ def asked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     out = folder / "bundle"
     seen: list[str] = []
     manifest = vlmcut.convert("tiny:llava", out, prune=0.7, quality=folder, progress=seen.append, **SMALL)
-    assert seen[0] == "loading the model" and seen[-1] == "publishing"
+    assert seen[:2] == ["loading the model", "checking that vlmcut reads this model as transformers does"]
+    assert seen[-1] == "publishing"
     return out, manifest
 
 
@@ -179,3 +212,16 @@ def test_cut_folder_converts_to_the_same_graphs(bundle: Path, tmp_path: Path) ->
     weights = "graphs/weights.bin"
     assert manifest.files[weights] == read(bundle).files[weights]
     assert manifest.recipe[-1] == read(bundle).recipe[-1]
+
+
+def test_image_size_goes_all_the_way(tmp_path: Path) -> None:
+    """Into the cut folder, the bundle, and the inputs that verify it again."""
+    size = {"image_size": ((30, 40),)}
+    pipeline.save_cut(Request(model="tiny:llava", prune=0.7, **size), tmp_path / "cut")
+    (bucket,) = attached(vlmcut.load(tmp_path / "cut").model).buckets
+    assert bucket.size == (30, 40)
+    with pytest.raises(ModelError, match="was cut for images of 30x40, not 32x32"):
+        pipeline.plan(Request(model=str(tmp_path / "cut"), image_size=((32, 32),)))
+    manifest = vlmcut.convert(str(tmp_path / "cut"), tmp_path / "out", **size, **SMALL)
+    assert manifest.buckets == (bucket,) == read(tmp_path / "out").buckets
+    assert [row for row in vlmcut.verify(tmp_path / "out", against="tiny:llava") if not row.ok] == []

@@ -117,7 +117,7 @@ def test_convert_that_fails_at_a_later_step(
 
     from vlmcut.manifest import read
 
-    def copy(model: object, budgets: object, operators: object, folder: Path, progress: object) -> object:
+    def copy(model: object, budgets: object, keeps: object, forms: object, folder: Path, progress: object) -> object:
         shutil.copytree(bundle / "graphs", folder / "graphs")
         return read(bundle).graphs
 

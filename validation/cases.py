@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import BundleError
-from ..manifest import ExactnessRow
-from ..prompt import Prompt
-from ..runtime.sessions import Graphs
+from ..manifest import ExactnessRow, Layout
+from ..prompt import Picture, Prompt
+from ..runtime.sessions import Graphs, Sight
 
 GREEDY = 16  # tokens compared after each prompt
 
@@ -27,54 +27,73 @@ GREEDY = 16  # tokens compared after each prompt
 class Case:
     """One prompt with what the reference computes for it. L prompt tokens, T teacher-forced tokens."""
 
-    prompt: Prompt
-    kept: np.ndarray  # int64 [images, K]
-    features: np.ndarray  # [images, K, hidden]
+    prompt: Prompt  # shrunk to the kept tokens
+    seen: tuple[Sight, ...]  # of each picture
     prefill_logits: np.ndarray  # [V]
-    cache: list[np.ndarray]  # key 0, value 0, …: [kv_heads, L + T, head_dim], rows of prompt and tokens
+    prefill_states: dict[str, np.ndarray]  # what the cache holds after the prompt; rows of key_i, value_i: L
     tokens: np.ndarray  # int64 [T], fed one by one
     decode_logits: np.ndarray  # [T, V], after each token
+    decode_states: dict[str, np.ndarray]  # after all tokens; rows of key_i, value_i: T
 
     def save(self, path: Path) -> None:
         """Write as a compressed npz; references are stored in float32."""
-        arrays = {
-            "input_ids": self.prompt.input_ids,
-            "visual_index": self.prompt.visual_index,
-            "per_image": np.array(self.prompt.per_image),
-            "kept": self.kept,
+        p = self.prompt
+        arrays: dict[str, np.ndarray] = {
+            "input_ids": p.input_ids,
+            "visual_index": p.visual_index,
+            "position_ids": p.position_ids,
+            "next_position": np.array(p.next_position),
+            "counts": np.array(p.counts, dtype=np.int64),
             "tokens": self.tokens,
-            **{
-                name: getattr(self, name).astype(np.float32) for name in ("features", "prefill_logits", "decode_logits")
-            },
-            **{f"cache_{i}": c.astype(np.float32) for i, c in enumerate(self.cache)},
+            "prefill_logits": self.prefill_logits.astype(np.float32),
+            "decode_logits": self.decode_logits.astype(np.float32),
         }
-        if self.prompt.pixel_values is not None:
-            arrays["pixel_values"] = self.prompt.pixel_values
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        for kind in ("prefill", "decode"):
+            states = getattr(self, f"{kind}_states")
+            arrays |= {f"{kind}_state/{name}": value.astype(np.float32) for name, value in states.items()}
+        for i, (picture, sight) in enumerate(zip(p.pictures, self.seen, strict=True)):
+            arrays[f"picture_{i}/pixels"] = picture.pixel_values
+            arrays |= {f"picture_{i}/geometry/{n}": np.array(v) for n, v in picture.geometry.items()}
+            arrays |= {f"picture_{i}/kept": sight.kept, f"picture_{i}/features": sight.features.astype(np.float32)}
+            arrays |= {f"picture_{i}/level_{j}": x.astype(np.float32) for j, x in enumerate(sight.levels)}
+        np.savez_compressed(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
 
 
-def read_case(path: Path) -> Case:
+def read_case(path: Path, layout: Layout) -> Case:
     """Read a case; pickles are refused.
 
     Raises:
         BundleError: a missing or damaged file.
     """
     try:
-        with np.load(path, allow_pickle=False) as data:
-            pixels = data.get("pixel_values")
-            prompt = Prompt(data["input_ids"], data["visual_index"], pixels, len(data["kept"]), int(data["per_image"]))
-            count = sum(name.startswith("cache_") for name in data.files)
-            return Case(
-                prompt,
-                data["kept"],
-                data["features"],
-                data["prefill_logits"],
-                [data[f"cache_{i}"] for i in range(count)],
-                data["tokens"],
-                data["decode_logits"],
-            )
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+        pictures, seen = [], []
+        for i in range(len(data["counts"])):
+            own = _below(data, f"picture_{i}/")
+            geometry = {n: tuple(int(x) for x in v) for n, v in _below(own, "geometry/").items()}
+            pictures.append(Picture(own["pixels"], geometry))
+            levels = tuple(own[f"level_{j}"] for j in range(sum(name.startswith("level_") for name in own)))
+            seen.append(Sight(own["features"], own["kept"], levels))
+        prompt = Prompt(
+            data["input_ids"], data["visual_index"], data["position_ids"], int(data["next_position"]), tuple(pictures),
+            tuple(int(n) for n in data["counts"]), layout,
+        )  # fmt: skip
+        return Case(
+            prompt,
+            tuple(seen),
+            data["prefill_logits"],
+            _below(data, "prefill_state/"),
+            data["tokens"],
+            data["decode_logits"],
+            _below(data, "decode_state/"),
+        )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"`{path}` cannot be read: {error}", hint="copy the bundle again") from error
+
+
+def _below(data: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in data.items() if name.startswith(prefix)}
 
 
 Distances = dict[tuple[str, str], float]
@@ -86,30 +105,39 @@ def distances(graphs: Graphs, case: Case) -> Distances:
     Every graph is fed the reference's inputs, so that a fault is blamed on the graph that has it. `kept` counts
     positions that differ.
     """
-    prompt, found = case.prompt, {}
-    if prompt.pixel_values is not None:
-        pairs = [graphs.vision(image[None]) for image in prompt.pixel_values]
-        found["vision", "image_features"] = _distance(np.stack([f for f, _ in pairs]), case.features)
-        found["vision", "kept"] = float((np.concatenate([k for _, k in pairs]) != case.kept).sum())
-    logits = graphs.prefill(*prompt.pad(graphs.budget), list(case.features), prompt.length)
+    prompt, found = case.prompt, Distances()
+    for picture, want in zip(prompt.pictures, case.seen, strict=True):
+        have = graphs.vision(picture)
+        one = {("vision", "image_features"): _distance(have.features, want.features)}
+        one["vision", "kept"] = float((have.kept != want.kept).sum())
+        for index, (mine, level) in enumerate(zip(have.levels, want.levels, strict=True)):
+            one["vision", f"deepstack_{index}"] = _distance(mine, level)
+        found = worst([found, one])
+    logits = graphs.prefill(prompt, case.seen)
     found["prefill", "logits"] = _distance(logits, case.prefill_logits)
     length = prompt.length
-    found |= _cache_distance("prefill", graphs.cache(), case.cache, slice(0, length))
+    found |= _state_distance("prefill", graphs.states(), case.prefill_states, slice(0, length))
     steps = []
-    for token in case.tokens:
-        length += 1
-        steps.append(graphs.decode(int(token), length))
+    for count, token in enumerate(case.tokens):
+        steps.append(graphs.decode(int(token), prompt, count))
     found["decode", "logits"] = _distance(np.stack(steps), case.decode_logits)
-    return found | _cache_distance("decode", graphs.cache(), case.cache, slice(prompt.length, length))
+    rows = slice(length, length + len(case.tokens))
+    return found | _state_distance("decode", graphs.states(), case.decode_states, rows)
 
 
-def _cache_distance(graph: str, have: Sequence[np.ndarray], want: Sequence[np.ndarray], rows: slice) -> Distances:
-    return {
-        (graph, f"present_{kind}"): _largest(
-            [_distance(h[0, :, rows], w[:, rows]) for h, w in zip(have[start::2], want[start::2], strict=True)]
-        )
-        for start, kind in enumerate(("key", "value"))
-    }
+def state_kind(name: str) -> str:
+    """key, value or conv: layers of one kind share a row of the report."""
+    return name.rsplit("_", 1)[0]
+
+
+def _state_distance(
+    graph: str, have: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], rows: slice
+) -> Distances:
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, value in want.items():
+        mine = have[name][0] if state_kind(name) == "conv" else have[name][0, :, rows]
+        found.setdefault((graph, f"present_{state_kind(name)}"), []).append(_distance(mine, value))
+    return {key: _largest(values) for key, values in found.items()}
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ runtime's choice is within rounding of the reference's own scores (`regret`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from ..manifest import ExactnessRow, TokenBudget
-from ..prompt import Prompt
-from ..runtime.sessions import Graphs
+from ..prompt import Picture, Prompt, assemble
+from ..runtime.sessions import Graphs, Sight
 from ..surgery.anatomy import Anatomy
-from ..surgery.load import locate
+from ..surgery.selection import attached
+from ..surgery.talk import Talk, unchanged
+from ..surgery.vision import Seen
 from . import cases, reference
 from .cases import GREEDY, Case, Distances
 
@@ -74,12 +77,12 @@ def measure(
     flips: list[tuple[float, str]] = []
     verdict = Exactness()
     kept = _Kept()
-    for prompt in fresh_prompts(a, budget, seed):
-        choice = [graphs.vision(image[None])[1] for image in _images(prompt)]
-        for image, positions in zip(_images(prompt), choice, strict=True):
+    for whole in fresh_prompts(a, budget, seed):
+        choice = [graphs.vision(picture).kept for picture in whole.pictures]
+        for picture, positions in zip(whole.pictures, choice, strict=True):
             nudge = seed + 1 if "vision" in a.quantized else None  # see below
-            kept.look(model, exact, torch.from_numpy(image)[None], torch.from_numpy(positions), nudge)
-        case = _record(exact, prompt, choice, min(GREEDY, budget.new_tokens))
+            kept.look(model, exact, picture, torch.from_numpy(positions)[None], nudge)
+        case = _record(exact, whole.shrink(choice), choice, min(GREEDY, budget.new_tokens))
         recorded.append(case)
         found.append(cases.distances(graphs, case))
         floors.append(_floor(model, case))
@@ -113,76 +116,79 @@ def measure(
 
 
 def fresh_prompts(a: Anatomy, budget: TokenBudget, seed: int) -> list[Prompt]:
-    """Four seeded prompts: every column used; one image in the middle; text only; a short one with the image last."""
+    """Seeded whole prompts: every column used; one image in the middle; text only; a short one with the image last.
+
+    Images take the buckets in turn, so that unequal ones meet in a prompt; every bucket has its turn.
+    """
     rng = np.random.default_rng([seed, budget.visual_tokens])
-    k, text = budget.visual_tokens, budget.text_tokens
+    text, turn = budget.text_tokens, 0
     layouts = [
         (budget.images, text, "spread"),
         (1, max(2, text // 2), "spread"),
         (0, max(2, text // 3), "spread"),
         (1, max(2, text // 4), "last"),
     ]
+    layouts += [(1, max(2, text // 4), "spread")] * max(0, len(a.buckets) - budget.images - 2)
     prompts = []
     for images, words, where in layouts:
         ids = rng.integers(0, a.language.vocabulary, words)
-        ids[ids == a.image_token_id] = (a.image_token_id + 1) % a.language.vocabulary
+        ids[ids == a.layout.image_token_id] = (a.layout.image_token_id + 1) % a.language.vocabulary
         places = sorted(rng.integers(1, words, images)) if where == "spread" else [words - 1] * images
+        buckets = [a.buckets[(turn + i) % len(a.buckets)] for i in range(images)]
+        turn += images
         columns = np.split(ids, places)
-        index = [np.full(len(columns[0]), -1)]
         tokens = [columns[0]]
-        for number in range(images):
-            tokens += [np.full(k, a.image_token_id), columns[number + 1]]
-            index += [np.arange(number * k, (number + 1) * k), np.full(len(columns[number + 1]), -1)]
-        pixels = np.stack([_picture(rng, a.tower.image_size) for _ in range(images)]) if images else None
-        prompts.append(Prompt(np.concatenate(tokens)[None], np.concatenate(index)[None], pixels, images, k))
+        for bucket, rest in zip(buckets, columns[1:], strict=True):
+            tokens += [np.full(bucket.tokens, a.layout.image_token_id), rest]
+        pictures = [Picture(_picture(rng, bucket.geometry["pixel_values"]), bucket.geometry) for bucket in buckets]
+        prompts.append(assemble(a.layout, np.concatenate(tokens)[None], pictures, [b.tokens for b in buckets]))
     return prompts
 
 
-def _picture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A seeded picture with structure at two scales, normalised like a processor's output, float32 [3, size, size]."""
-    coarse = rng.normal(0, 1, (3, 4, 4)).repeat(-(-size // 4), axis=1).repeat(-(-size // 4), axis=2)[:, :size, :size]
-    return (coarse + rng.normal(0, 0.5, (3, size, size))).astype(np.float32)
+def _picture(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Seeded values with structure at two scales, normalised like a processor's output, float32 of `shape`."""
+    fine = rng.normal(0, 0.5, shape)
+    if len(shape) >= 4:  # an image or tiles: coarse squares
+        height, width = shape[-2:]
+        coarse = rng.normal(0, 1, (*shape[:-2], 4, 4))
+        coarse = coarse.repeat(-(-height // 4), axis=-2).repeat(-(-width // 4), axis=-1)[..., :height, :width]
+    else:  # patches in rows: runs of alike ones
+        rows = fine.shape[-2]
+        coarse = rng.normal(0, 1, (*fine.shape[:-2], -(-rows // 5), 1)).repeat(5, axis=-2)[..., :rows, :]
+    return (coarse + fine).astype(np.float32)
 
 
-def _images(prompt: Prompt) -> list[np.ndarray]:
-    return [] if prompt.pixel_values is None else list(prompt.pixel_values)
-
-
-def _record(exact: Any, prompt: Prompt, choice: list[np.ndarray], count: int) -> Case:
+def _record(exact: Any, prompt: Prompt, choice: Sequence[np.ndarray], count: int) -> Case:
     seen = [
-        reference.see(exact, torch.from_numpy(image)[None], torch.from_numpy(kept))
-        for image, kept in zip(_images(prompt), choice, strict=True)
+        reference.see(exact, picture, torch.from_numpy(kept)[None])
+        for picture, kept in zip(prompt.pictures, choice, strict=True)
     ]
-    hidden = exact.config.text_config.hidden_size
-    features = torch.stack([f for f, _ in seen]) if seen else torch.zeros(0, prompt.per_image, hidden)
-    talk = _read(exact, prompt, features)
-    first = talk.logits
+    talk = Talk.read(exact, [prompt], [seen])
+    first, before = talk.logits[0], _states(talk, slice(0, prompt.length))
     tokens, steps = [], []
     for _ in range(count):
-        tokens.append(int(talk.logits.argmax()))
-        talk = talk.say(tokens[-1])
-        steps.append(talk.logits)
+        tokens.append(int(talk.logits[0].argmax()))
+        talk = talk.say(torch.tensor([tokens[-1]]))
+        steps.append(talk.logits[0])
     return Case(
         prompt,
-        np.stack([k.numpy() for _, k in seen]) if seen else np.zeros((0, prompt.per_image), np.int64),
-        features.numpy(),
+        tuple(Sight(s.features.numpy(), s.kept.numpy(), tuple(x.numpy() for x in s.levels)) for s in seen),
         first.numpy(),
-        [t.numpy() for t in talk.rows()],
+        {name: x.numpy() for name, x in before.items()},
         np.array(tokens),
         torch.stack(steps).numpy(),
+        {name: x.numpy() for name, x in _states(talk, slice(prompt.length, None)).items()},
     )
+
+
+def _states(talk: Talk, rows: slice) -> dict[str, torch.Tensor]:
+    """Copies, since a convolution's state is edited in place."""
+    return {name: (x if cases.state_kind(name) == "conv" else x[:, rows]).clone() for name, x in talk.states().items()}
 
 
 def _nudge(x: torch.Tensor, seed: int) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
     return x * (1 + _NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype))
-
-
-def _read(
-    model: Any, prompt: Prompt, features: torch.Tensor, change: reference.Change = reference.unchanged
-) -> reference.Talk:
-    ids, index = torch.from_numpy(prompt.input_ids), torch.from_numpy(prompt.visual_index)
-    return reference.Talk.read(model, ids, index, features, change)
 
 
 def _floor(model: Any, case: Case, nudge: int | None = None) -> Distances:
@@ -199,26 +205,42 @@ def _floor(model: Any, case: Case, nudge: int | None = None) -> Distances:
         return float((have.double() - torch.from_numpy(want).double()).abs().max()) if want.size else 0.0
 
     found: Distances = {}
-    images = _images(case.prompt)
-    if images:
-        seen = [
-            reference.see(model, nudged(torch.from_numpy(image)[None]), torch.from_numpy(kept)[None])[0]
-            for image, kept in zip(images, case.kept, strict=True)
-        ]
-        found["vision", "image_features"] = far(torch.stack(seen), case.features)
-    talk = _read(model, case.prompt, torch.from_numpy(case.features).to(model.dtype), nudged)
-    found["prefill", "logits"] = far(talk.logits, case.prefill_logits)
+    for picture, want in zip(case.prompt.pictures, case.seen, strict=True):
+        mine = reference.see(model, picture, torch.from_numpy(want.kept)[None], nudged)
+        one = {("vision", "image_features"): far(mine.features, want.features)}
+        for index, (have, level) in enumerate(zip(mine.levels, want.levels, strict=True)):
+            one["vision", f"deepstack_{index}"] = far(have, level)
+        found = cases.worst([found, one])
+    dtype = model.dtype
+    exact = [
+        Seen(torch.from_numpy(s.features).to(dtype), torch.from_numpy(s.kept), _tensors(s.levels, dtype))
+        for s in case.seen
+    ]
+    talk = Talk.read(model, [case.prompt], [exact], nudged)
+    found["prefill", "logits"] = far(talk.logits[0], case.prefill_logits)
+    length = case.prompt.length
+    found |= _far_states("prefill", _states(talk, slice(0, length)), case.prefill_states, far)
     steps = []
     for token in case.tokens:
-        talk = talk.say(int(token), nudged)
-        steps.append(talk.logits)
+        talk = talk.say(torch.tensor([int(token)]), nudged)
+        steps.append(talk.logits[0])
     found["decode", "logits"] = far(torch.stack(steps), case.decode_logits)
-    length = case.prompt.length
-    for start, kind in enumerate(("key", "value")):
-        pairs = list(zip(talk.rows()[start::2], case.cache[start::2], strict=True))
-        found["prefill", f"present_{kind}"] = max(far(h[:, :length], w[:, :length]) for h, w in pairs)
-        found["decode", f"present_{kind}"] = max(far(h[:, length:], w[:, length:]) for h, w in pairs)
-    return found
+    return found | _far_states("decode", _states(talk, slice(length, None)), case.decode_states, far)
+
+
+def _tensors(levels: Sequence[np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(level).to(dtype) for level in levels)
+
+
+def _far_states(
+    graph: str,
+    have: Mapping[str, torch.Tensor],
+    want: Mapping[str, np.ndarray],
+    far: Callable[[torch.Tensor, np.ndarray], float],
+) -> Distances:
+    return cases.worst(
+        [{(graph, f"present_{cases.state_kind(name)}"): far(have[name], value)} for name, value in want.items()]
+    )
 
 
 @dataclass
@@ -231,28 +253,32 @@ class _Kept:
     noise: float = 0.0
 
     @torch.no_grad()
-    def look(self, model: Any, exact: Any, pixels: torch.Tensor, kept: torch.Tensor, nudge: int | None = None) -> None:
-        """Judge the positions [1, K] that the runtime kept of an image [1, 3, height, width].
+    def look(self, model: Any, exact: Any, picture: Picture, kept: torch.Tensor, nudge: int | None = None) -> None:
+        """Judge the positions [1, K] that the runtime kept of a picture.
 
         Args:
             nudge: seed of a small change of the image, whose scores count as noise too; None for none.
         """
-        selection = locate(exact).selection
+        about = attached(exact)
         self.images += 1
-        if selection is None:
+        if about.selection is None:
             equal = torch.equal(kept[0], torch.arange(kept.shape[1]))
             self.regret = max(self.regret, 0.0 if equal else float("inf"))
             return
-        state = reference.tower_state(exact, pixels)
-        assert state is not None
-        self.other += not torch.equal(kept, selection.selector(state, selection.keep))
-        self.regret = max(self.regret, float(selection.selector.regret(state, kept)))
+        breaks = about.line_breaks(picture.geometry)
+        state = reference.state(exact, picture)
+        keep = about.keep(picture.bucket(about.buckets))
+        self.other += not torch.equal(kept, about.selection.choose(state, keep, breaks))
+        self.regret = max(self.regret, float(about.selection.regret(state, kept, breaks)))
         # How far the eager model's scores are from the reference's: the noise in which a choice may differ.
-        want = selection.selector.scores(state)
-        for image in [pixels] if nudge is None else [pixels, _nudge(pixels, nudge)]:
-            have = reference.scores(model, image)
-            if want is not None and have is not None:
-                self.noise = max(self.noise, float((have.double() - want).abs().max()))
+        want = about.selection.scores(state, breaks)
+        if want is None or keep == state.count:
+            return
+        changes = [unchanged] if nudge is None else [unchanged, lambda x: _nudge(x, nudge)]
+        for change in changes:
+            have = about.selection.scores(reference.state(model, picture, change), breaks)
+            assert have is not None
+            self.noise = max(self.noise, float((have.double() - want).abs().max()))
 
     @property
     def note(self) -> str:
@@ -267,23 +293,22 @@ def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, 
     Returns:
         For each token that differs: how far apart the eager logits of the two are, and where it happened.
     """
-    features, seen = [], []
-    for image in _images(case.prompt):
-        one, kept = graphs.vision(image[None])
-        features.append(one)
-        seen.append(reference.see(model, torch.from_numpy(image)[None], torch.from_numpy(kept))[0])
-    empty = torch.zeros(0, case.prompt.per_image, model.config.text_config.hidden_size)
-    talk = _read(model, case.prompt, torch.stack(seen) if seen else empty)
-    logits = graphs.prefill(*case.prompt.pad(graphs.budget), features, case.prompt.length)
+    sights = [graphs.vision(picture) for picture in case.prompt.pictures]
+    seen = [
+        reference.see(model, picture, torch.from_numpy(sight.kept)[None])
+        for picture, sight in zip(case.prompt.pictures, sights, strict=True)
+    ]
+    talk = Talk.read(model, [case.prompt], [seen])
+    logits = graphs.prefill(case.prompt, sights)
     flips = []
     for step in range(len(case.tokens)):
-        want, have = int(talk.logits.argmax()), int(logits.argmax())
+        want, have = int(talk.logits[0].argmax()), int(logits.argmax())
         verdict.tokens += 1
         verdict.equal += want == have
         if want != have:
-            gap = float(talk.logits[want] - talk.logits[have])
+            gap = float(talk.logits[0, want] - talk.logits[0, have])
             flips.append((gap, f"{name}token {step}: eager {want}, graph {have}, eager logits {gap:.3g} apart"))
         if step + 1 < len(case.tokens):  # continue on the eager model's token, so that one flip is counted once
-            talk = talk.say(want)
-            logits = graphs.decode(want, case.prompt.length + step + 1)
+            talk = talk.say(torch.tensor([want]))
+            logits = graphs.decode(want, case.prompt, step)
     return flips

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BundleError
-from ..exporters.graphs import keeping
+from ..exporters.graphs import keeping, kept
 from ..manifest import ExactnessRow, Manifest
 from ..passes import folder as cut_folder
 from ..passes import recipe as recipes
@@ -22,7 +22,7 @@ def verify_fresh(
 ) -> list[ExactnessRow]:
     """Rows of all budgets on inputs of `seed`; a token that differs beyond a near tie is a row of its own."""
     progress(f"cutting `{against}` by the bundle's recipe")
-    loaded = cut_folder.load(against)
+    loaded = cut_folder.load(against, sizes=tuple(bucket.size for bucket in manifest.buckets))
     if not loaded.recipe:
         recipes.from_tables(manifest.recipe, "the bundle's recipe").apply(loaded.model, None)
     model = loaded.model.to(getattr(torch, manifest.dtype))
@@ -39,7 +39,7 @@ def verify_fresh(
         progress(f"fresh inputs for the budget that keeps {budget.visual_tokens} tokens")
         prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
         graphs = Graphs(folder, manifest, index, provider=provider)
-        with keeping(model, budget.visual_tokens):
+        with keeping(model, kept(manifest, index)):
             verdict, _ = exactness.measure(model, a, budget, graphs, seed=seed, name=prefix)
         wrong = len(verdict.wrong)
         rows += [

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import VlmcutError
 from ..passes.calibration import read_questions
 from ..prompt import Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
+from ..surgery.talk import Talk, greedy, see_all
 
 ANSWER = 48  # tokens, at most
 _BATCH = 32
@@ -49,7 +48,7 @@ def read_set(loaded: Loaded, folder: Path, limit: int | None = None) -> list[Que
             hint='put images and questions.jsonl there: {"image": …, "question": …, "answer": …} per line',
         )
     a = describe(loaded.model)
-    prompter = Prompter(loaded.processor, a.image_token_id, a.visual_tokens)
+    prompter = Prompter(loaded.processor, a.layout)
     return [
         Question(prompter([open_image(folder / x["image"])], x["question"]), x["answer"], x.get("kind", ""))
         for x in lines
@@ -58,34 +57,25 @@ def read_set(loaded: Loaded, folder: Path, limit: int | None = None) -> list[Que
 
 def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
     """Greedy answers of the eager model, in batches of prompts of equal length (padding would move int8 scales)."""
-    keep = describe(loaded.model).keep
-    shrunk = [q.prompt.shrink(keep) for q in questions]
+    looked = [see_all(loaded.model, q.prompt) for q in questions]
     by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(shrunk):
+    for index, (prompt, _) in enumerate(looked):
         by_length[prompt.length].append(index)
     answers = [""] * len(questions)
+    stop = stop_ids(loaded.model)
     for indices in by_length.values():
         for start in range(0, len(indices), _BATCH):
             batch = indices[start : start + _BATCH]
-            for index, text in zip(batch, _generate(loaded, [shrunk[i] for i in batch], new_tokens), strict=True):
-                answers[index] = text
+            talk = Talk.read(loaded.model, [looked[i][0] for i in batch], [looked[i][1] for i in batch])
+            for index, ids in zip(batch, greedy(talk, new_tokens, stop), strict=True):
+                answers[index] = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return answers
 
 
-def _generate(loaded: Loaded, prompts: Sequence[Prompt], new_tokens: int) -> list[str]:
-    ids = torch.cat([torch.from_numpy(p.input_ids) for p in prompts])
-    pixels = torch.cat([torch.from_numpy(p.pixel_values) for p in prompts if p.pixel_values is not None])
-    with torch.no_grad():
-        out = loaded.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=pixels.to(loaded.model.dtype),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=loaded.processor.tokenizer.pad_token_id,
-        )
-    texts = loaded.processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return [t.strip() for t in texts]
+def stop_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence ids of a model's generation config."""
+    value = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([value] if isinstance(value, int) else value or [])
 
 
 def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
@@ -94,7 +84,7 @@ def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: in
     most = min(new_tokens, bundle.budget.new_tokens)
     answers = []
     for question in questions:
-        ids = list(bundle.tokens(question.prompt.shrink(bundle.budget.visual_tokens), most))
+        ids = list(bundle.tokens(question.prompt, most))
         answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
     return answers
 

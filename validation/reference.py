@@ -1,19 +1,21 @@
-"""The cut eager model as the judge: Hugging Face's own forward, token by token, in float64 or in the graph's dtype."""
+"""The cut eager model as the judge: in float64, and with the choice of tokens given."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from ..surgery.load import locate
-from ..surgery.selection import TowerState
+from ..prompt import Picture
+from ..surgery.norms import widen
+from ..surgery.selection import TowerState, attached
+from ..surgery.talk import Change, see_picture, unchanged
+from ..surgery.vision import Seen, look, prepare
 
 
 @dataclass(frozen=True)
@@ -36,93 +38,36 @@ class Chosen:
 def truth(model: Any) -> Any:
     """A copy of the model in float64, RMS norms included (transformers computes them in float32)."""
     exact = copy.deepcopy(model).double()
-    for norm in locate(exact).language.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-            norm.forward = lambda x, n=norm: (
-                n.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + n.variance_epsilon))
-            )
+    widen(exact)
+    for module in exact.modules():
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # experts; their fast form has no float64
+            module.config._experts_implementation_internal = "eager"
     return exact
 
 
 @contextmanager
 def choosing(model: Any, kept: Tensor | None) -> Iterator[None]:
     """While inside, the model keeps these tokens, int64 [1, K], whatever its method says."""
-    selection = locate(model).selection
+    selection = attached(model).selection
     if selection is None or kept is None:
         yield
         return
-    before = selection.selector
-    selection.selector = Chosen(before.method, kept)
+    before = selection.selector, selection.line_breaks
+    selection.selector, selection.line_breaks = Chosen(before[0].method, kept), "compete"
     try:
         yield
     finally:
-        selection.selector = before
+        selection.selector, selection.line_breaks = before
 
 
-@torch.no_grad()
-def see(model: Any, pixel_values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One image, [1, 3, height, width] -> features [K, hidden] and kept [K]."""
+def see(model: Any, picture: Picture, kept: Tensor | None = None, change: Change = unchanged) -> Seen:
+    """One picture, with its own choice of tokens or the given one, int64 [1, K]."""
     with choosing(model, kept):
-        out = model.get_image_features(pixel_values.to(model.dtype), return_dict=True)
-    features = out.pooler_output[0]
-    positions = getattr(out, "kept", None)
-    return features, torch.arange(len(features)) if positions is None else positions[0]
+        return see_picture(model, picture, change)
 
 
 @torch.no_grad()
-def tower_state(model: Any, pixel_values: Tensor) -> TowerState | None:
-    """What the model's selector looks at; None for a model that keeps every token."""
-    selection = locate(model).selection
-    return None if selection is None else selection.state(pixel_values.to(model.dtype))[0]
-
-
-Change = Callable[[Tensor], Tensor]
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """The identity."""
-    return x
-
-
-@torch.no_grad()
-def scores(model: Any, pixel_values: Tensor) -> Tensor | None:
-    """What the model's method ranks, for one image; None if it ranks nothing."""
-    state, selection = tower_state(model, pixel_values), locate(model).selection
-    return None if state is None or selection is None else selection.selector.scores(state)
-
-
-@dataclass
-class Talk:
-    """A prompt that has been read: logits of its last token and the cache, to be continued."""
-
-    model: Any
-    logits: Tensor  # [V]
-    cache: Any
-
-    @classmethod
-    @torch.no_grad()
-    def read(
-        cls, model: Any, input_ids: Tensor, visual_index: Tensor, features: Tensor, change: Change = unchanged
-    ) -> Talk:
-        """Read an unpadded prompt, [1, L] twice, with features [images, K, hidden]; `change` edits what enters."""
-        language = model.model.language_model
-        x = language.embed_tokens(input_ids)
-        place = visual_index[0] >= 0
-        x[0, place] = features.to(x.dtype).flatten(0, 1)[visual_index[0, place]]
-        cache = DynamicCache(config=language.config)
-        return cls(model, torch.empty(0), cache)._run(change(x))
-
-    @torch.no_grad()
-    def say(self, token: int, change: Change = unchanged) -> Talk:
-        """Feed one token."""
-        return self._run(change(self.model.model.language_model.embed_tokens(torch.tensor([[token]]))))
-
-    def _run(self, x: Tensor) -> Talk:
-        out = self.model.model.language_model(inputs_embeds=x, past_key_values=self.cache, use_cache=True)
-        # One row, as in the graph: an int8 scale depends on every row it sees.
-        logits = self.model.lm_head(out.last_hidden_state[:, -1])[0]
-        return Talk(self.model, logits, out.past_key_values)
-
-    def rows(self) -> list[Tensor]:
-        """key 0, value 0, …, each [kv_heads, rows, head_dim]."""
-        return [t[0] for layer in self.cache.layers for t in (layer.keys, layer.values)]
+def state(model: Any, picture: Picture, change: Change = unchanged) -> TowerState:
+    """What a selector of the model looks at."""
+    pixels = change(torch.from_numpy(picture.pixel_values)).to(model.dtype)
+    return look(model, pixels, prepare(model, picture.geometry))[1]

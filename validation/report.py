@@ -89,7 +89,7 @@ def page(manifest: Manifest, rows: list[ExactnessRow]) -> str:
                 [
                     str(i),
                     str(b.images),
-                    f"{b.visual_tokens} of {manifest.visual_tokens_full}",
+                    f"{b.visual_tokens} of {max(bucket.tokens for bucket in manifest.buckets)}",
                     str(b.text_tokens),
                     str(b.new_tokens),
                     str(b.sequence),

@@ -52,7 +52,7 @@ def verify(
         progress(f"running the golden tensors of the budget that keeps {budget.visual_tokens} tokens")
         prefix = "" if len(manifest.budgets) == 1 else f"{budget.visual_tokens}/"
         graphs = Graphs(folder, manifest, index, provider=provider)
-        case = cases.read_case(folder / "golden" / f"{budget.visual_tokens}.npz")
+        case = cases.read_case(folder / "golden" / f"{budget.visual_tokens}.npz", manifest.layout)
         mine = [
             dataclasses.replace(row, graph=row.graph.removeprefix(prefix), note="")
             for row in known

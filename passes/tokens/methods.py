@@ -21,6 +21,7 @@ class Method:
     score: Callable[[TowerState], Tensor] | None
     choose: Callable[[Tensor, int], Tensor] | None
     regret: Callable[[Tensor, Tensor], Tensor] | None
+    attention: bool = False  # whether it scores by attention in the vision tower
     constant: Callable[[int, int, int], list[int]] | None = None  # (tokens, keep, seed) -> positions
     without_cls: str | None = None  # what it does on a tower without [CLS]
 
@@ -32,12 +33,13 @@ METHODS: dict[str, Method] = {
         score=scores.attention_received,
         choose=select.topk_select,
         regret=select.topk_regret,
+        attention=True,
         without_cls="this tower has no [CLS] token: the mean attention received from all tokens takes its place",
     ),
     "divprune": Method(
         summary="the most diverse tokens, by greedy max-min cosine distance after the projector",
         source="DivPrune, arXiv:2503.02175",
-        score=lambda state: scores.cosine_distance(state.project(state.patches)),
+        score=lambda state: scores.cosine_distance(state.project(state.tokens)),
         choose=select.max_min_select,
         regret=select.max_min_regret,
     ),
@@ -68,12 +70,9 @@ class TableSelector:
     seed: int = 0
 
     def __call__(self, state: TowerState, keep: int) -> Tensor:
-        images, n = state.patches.shape[:2]
         row = METHODS[self.method]
-        if keep == n:  # nothing to choose
-            return torch.arange(n).expand(images, n)
         if row.constant is not None:
-            return torch.tensor(row.constant(n, keep, self.seed)).expand(images, keep)
+            return torch.tensor(row.constant(state.count, keep, self.seed))[None]
         assert row.score is not None and row.choose is not None
         return row.choose(row.score(state), keep)
 
@@ -83,11 +82,8 @@ class TableSelector:
         return None if row.score is None else row.score(state)
 
     def regret(self, state: TowerState, kept: Tensor) -> Tensor:
-        n, keep = state.patches.shape[1], kept.shape[1]
         row = METHODS[self.method]
-        if keep == n:
-            return select.same_for_all(list(range(n)), kept)
         if row.constant is not None:
-            return select.same_for_all(row.constant(n, keep, self.seed), kept)
+            return select.same_for_all(row.constant(state.count, kept.shape[1], self.seed), kept)
         assert row.score is not None and row.regret is not None
         return row.regret(row.score(state), kept)

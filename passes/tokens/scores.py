@@ -25,23 +25,25 @@ def attention_rows(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def attention_received(state: TowerState) -> Tensor:
-    """How much attention each patch receives in the last tower block, mean over heads: [images, N].
+    """How much attention each visual token receives in the scored tower block, mean over heads: [1, N].
 
     With a [CLS] token: its row (FasterVLM, arXiv:2412.01818). Without one: the mean over all rows, the community's
-    substitute for SigLIP towers, which needs the full map of that one block.
+    substitute for SigLIP towers, which needs the full map of that one block. A token made of several patches has their
+    mean. Every segment (tile, image) is scored by its own attention.
     """
-    attention = state.block.self_attn
-    x = state.block.layer_norm1(state.block_input)
-    q = attention.q_proj(x)
-    k = attention.k_proj(x)
-    # q is projected for all rows, as the block does: an int8 linear's scale depends on every row.
-    rows = q[:, :1] if state.has_cls else q
+    assert state.attention and state.members is not None
+    patches = torch.cat([_received(q, k, state.scale, state.has_cls) for q, k in state.attention])
+    there = state.members >= 0
+    gathered = patches[state.members.clamp(min=0)] * there
+    return (gathered.sum(dim=-1) / there.sum(dim=-1).clamp(min=1))[None]
 
-    def heads(t: Tensor) -> Tensor:
-        return t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    received = attention_rows(heads(rows), heads(k), attention.scale).mean(dim=1)
-    return received[:, 0, 1:] if state.has_cls else received.mean(dim=1)
+def _received(q: Tensor, k: Tensor, scale: float, has_cls: bool) -> Tensor:
+    """Of segments of one length, [segments, heads, rows, head_dim] twice -> [segments * rows], without [CLS]."""
+    if q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    received = attention_rows(q[:, :, :1] if has_cls else q, k, scale).mean(dim=1)
+    return (received[:, 0, 1:] if has_cls else received.mean(dim=1)).reshape(-1)
 
 
 def cosine_distance(x: Tensor) -> Tensor:

@@ -60,6 +60,12 @@ _HALF_AXES = {"text_config.rope_parameters.mrope_section": [2, 1, 1]}
 
 # A default config that builds no model or none that runs, or a field whose name says too little.
 _EXTRA: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 500},
+    "instructblip": {"image_token_index": 500},
+    "minicpm_ocr": {"image_token_id": 500},
+    "minicpmv4_6": {"image_token_id": 500},
+    "minicpmv4_7": {"image_token_id": 500},
+    "nemotron_h_omni": {"image_token_id": 500},
     "aria": {"projector_patch_to_query_dict": {SIDE * SIDE: 4}},
     "chameleon": {"vocabulary_map": {"<image>": 500, "IMGIMGAZ": 501}},
     "cohere_compass": {
@@ -68,6 +74,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
         }
     },
     "deepseek_ocr2": {
+        "vision_config.sam_config.downsample_channels": [WIDTH // 2, WIDTH],
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
         "text_config.num_experts_per_tok": 2,
     },
@@ -91,7 +98,12 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 1], [-1, 0]]},
     "hunyuan_vl": {"text_config.head_dim": HEAD, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1]},
-    "muse_spark": {"audio_config.hidden_sizes": [16, 16, 32, 32], "audio_config.depths": [1, 1, 1, 1]},
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "muse_spark": {
+        "out_hidden_size": 4 * WIDTH,
+        "audio_config.hidden_sizes": [16, 16, 32, 32],
+        "audio_config.depths": [1, 1, 1, 1],
+    },
     "paddleocr_vl": _AXES,
     "perception_lm": {
         "vision_config.architecture": "vit_pe_lang_large_patch14_448",
@@ -111,7 +123,9 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "text_config.indexer_budget": 32,
         "text_config.indexer_compress_ratio": 4,
     },
+    "shieldgemma2": {"mm_tokens_per_image": 4},
     "step3p7": {"text_config.sliding_window": 16},
+    "vipllava": {"vision_feature_layer": [-2, -3, 1]},
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ Copied = Callable[[Path], Path]
 
 # The bundle holds 2 images of 5 tokens and 24 of text: 34 columns, and 20 new tokens.
 REQUESTS = {
-    "long prompt": (("-p", "word " * 30), ("0 images of 5", "of text", "the budget holds 34", "--text-tokens")),
+    "long prompt": (("-p", "word " * 30), ("0 images of 0", "of text", "the budget holds 34", "--text-tokens")),
     "long with image": (("-p", "word " * 30, "-i", "picture.png"), ("1 images of 5", "the budget holds 34")),
     "three images": (("-p", "x", *("-i", "picture.png") * 3), ("3 images", "the budget holds 2", "--images 3")),
     "tag without image": (("-p", "<image> x"), ("1 <image> tags for 0 images", "--image")),
@@ -92,15 +92,26 @@ def _leave(name: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _forget(data: dict[str, Any]) -> None:
+    inputs = data["graphs"]["decode-5"]["inputs"]
+    inputs.remove(next(tensor for tensor in inputs if tensor["name"] == "past_key_0"))
+
+
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
-    "schema 2": (lambda d: d.update(schema=2), ("schema 2", "reads schema 1")),
-    "no schema": (lambda d: d.pop("schema"), ("schema None", "reads schema 1")),
+    "schema 1": (lambda d: d.update(schema=1), ("schema 1", "reads schema 2")),
+    "no schema": (lambda d: d.pop("schema"), ("schema None", "reads schema 2")),
     "missing field": (lambda d: d.pop("graphs"), ("cannot be read", "graphs")),
     "unknown field": (lambda d: d.update(extra=1), ("cannot be read", "extra")),
     "wrong type": (lambda d: d.update(files=[1]), ("cannot be read",)),
     "file without size": (lambda d: d["files"]["config.json"].pop("bytes"), ("cannot be read", "bytes")),
-    "bad cache shape": (lambda d: d.update(cache_shapes=[[1]]), ("cannot be read",)),
-    "no decode graph": (lambda d: d["graphs"].pop("decode-5"), ("no decode graph",)),
+    "no layout": (lambda d: d.pop("layout"), ("cannot be read", "layout")),
+    "unknown layout": (lambda d: d["layout"].update(extra=1), ("cannot be read", "extra")),
+    "bad bucket size": (lambda d: d["buckets"][0].update(size=[1]), ("cannot be read",)),
+    "bad geometry": (lambda d: d["buckets"][0].update(geometry={"pixel_values": ["x"]}), ("cannot be read",)),
+    "no decode graph": (lambda d: d["graphs"].pop("decode-5"), ("no decode graph for budget 0, bucket 0",)),
+    "no vision graph": (lambda d: d["graphs"].pop("vision-5"), ("no vision graph for budget 0, bucket 0",)),
+    "a bucket more": (lambda d: d["buckets"].append(d["buckets"][0]), ("no vision graph for budget 0, bucket 1",)),
+    "a state less": (_forget, ("`graphs/decode-5.onnx`", "differing: past_key_0")),
     "file leaves": (_leave("file"), ("`../weights.bin`, which leaves the bundle",)),
     "absolute file": (_leave("absolute"), ("`/etc/passwd`, which leaves the bundle",)),
     "graph leaves": (_leave("graph"), ("`graphs/../../other.onnx`, which leaves",)),

@@ -186,7 +186,7 @@ REAL = [name for name in FAULTS if name != "nothing"]
 @pytest.fixture
 def planted(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Damage], None]:
     def plant(damage: Damage) -> None:
-        def write_graphs(model: Any, budgets: Any, operators: Any, folder: Path, progress: Any) -> dict[str, GraphInfo]:
+        def write_graphs(model: Any, budgets: Any, keeps: Any, forms: Any, folder: Path, _: Any) -> Any:
             shutil.copytree(bundle / "graphs", folder / "graphs")
             damage(folder / "graphs")
             return read(bundle).graphs

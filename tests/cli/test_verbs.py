@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import vlmcut
 from PIL import Image
+from vlmcut.errors import VlmcutError
+from vlmcut.exporters.build import seal
+from vlmcut.manifest import read
 
 SMALL = ("--images", "2", "--text-tokens", "24", "--new-tokens", "20")
 VERBS = ("convert", "inspect", "cut", "verify", "run", "bench", "overlay", "build", "lint", "passes")
@@ -50,8 +53,32 @@ def test_dry_run_writes_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_inspect(run: Any) -> None:
     text = run("inspect", "tiny:llava-siglip-qwen2", "--keep", "4,8")
     assert text.code == 0 and text.err == ""
-    assert "4/8 kept by fastervlm" in text.out and "applies" in text.out and "prune-tokens divprune" in text.out
+    assert "4, 8 kept by fastervlm" in text.out and "applies" in text.out and "prune-tokens divprune" in text.out
     assert json.loads(run("inspect", "tiny:llava", "--json").out)["before"]["anatomy"]["family"] == "llava"
+
+
+def test_image_size(run: Any, tmp_path: Path) -> None:
+    for verb in ("inspect", "convert"):
+        more = ("--dry-run",) if verb == "convert" else ()
+        result = run(verb, "tiny:llava", "--prune", "0.7", "--image-size", "30x40", *more)
+        assert result.code == 0 and "tokens   30x40 px: 16 visual tokens per image, 5 kept" in result.out
+    assert run("cut", "tiny:llava", "--prune", "0.7", "--image-size", "30x40", "-o", tmp_path / "cut").code == 0
+    again = run("inspect", tmp_path / "cut", "--image-size", "30x40")
+    assert again.code == 0 and "30x40 px: 16" in again.out
+
+
+def test_several_image_sizes_reach_the_request(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def plan(request: Any) -> Any:
+        seen.append(request.image_size)
+        raise VlmcutError("enough", hint="stop")
+
+    monkeypatch.setattr("vlmcut.pipeline.plan", plan)
+    for verb in (("inspect",), ("convert", "--dry-run"), ("cut", "-o", "out")):
+        assert run(verb[0], "tiny:llava", *verb[1:], "--image-size", "336x672,672x336,90x12").code == 1
+        assert run(verb[0], "tiny:llava", *verb[1:]).code == 1
+    assert seen == [((336, 672), (672, 336), (90, 12)), ()] * 3
 
 
 def test_passes(run: Any) -> None:
@@ -65,7 +92,8 @@ def test_passes(run: Any) -> None:
 def test_cut_and_reload(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     assert run("cut", "tiny:llava", "--prune", "0.7", "-o", out).out.splitlines()[-1] == str(out)
-    assert vlmcut.load(out).recipe[-1] == {"name": "prune-tokens", "keep": 5, "method": "fastervlm", "seed": 0}
+    prune = {"name": "prune-tokens", "keep": 5, "method": "fastervlm", "seed": 0, "line_breaks": "drop"}
+    assert vlmcut.load(out).recipe[-1] == prune
 
 
 @pytest.mark.parametrize("against", [(), ("--against", "tiny:llava", "--seed", "5")])
@@ -114,6 +142,24 @@ def test_overlay(run: Any, bundle: Path, picture: Path) -> None:
     with Image.open(out) as drawing:
         assert (drawing.format, drawing.size) == ("PNG", (480, 480))
     assert [p.name for p in out.parent.iterdir()] == ["drawing.png"]
+
+
+def test_fit(run: Any, refuses: Any, bundle: Path, copied: Any, picture: Path) -> None:
+    """A bundle whose processor makes of every picture but one what its bucket does not take."""
+    folder = copied(bundle)
+    settings = folder / "processor" / "processor_config.json"
+    data = json.loads(settings.read_text())
+    data["image_processor"]["do_resize"] = False
+    settings.write_text(json.dumps(data))
+    seal(read(folder), folder)
+    for verb in (("run", folder, "-p", "x"), ("overlay", folder, "-o", "new.png")):
+        result = refuses(*verb, "-i", picture, says=("1x3x30x40", "1x3x32x32", "`run --fit` does", "--image-size"))
+        assert result.out == ""
+        done = run(*verb, "-i", picture, "--fit")
+        assert done.code == 0 and done.out
+    resized = Image.open(picture).resize((32, 32), Image.Resampling.BICUBIC)
+    want = vlmcut.Bundle(bundle).generate([resized], "x")
+    assert run("run", folder, "-p", "x", "-i", picture, "--fit").out.strip() == want
 
 
 def test_progress_goes_to_stderr(run: Any, bundle: Path) -> None:

@@ -19,7 +19,8 @@ from vlmcut.manifest import TokenBudget
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
 from vlmcut.passes.tokens.methods import METHODS
-from vlmcut.surgery.load import Loaded, describe, locate
+from vlmcut.surgery.load import Loaded, describe
+from vlmcut.surgery.selection import attached
 
 FORMS = ("contrib", "standard", "standard16")
 
@@ -32,7 +33,7 @@ def graphs(made: Any) -> dict[str, onnx.ModelProto]:
 def vision(loaded: Loaded, keep: int) -> onnx.ModelProto:
     """The vision graph alone, in standard operators."""
     budget = TokenBudget(images=1, visual_tokens=keep, text_tokens=8, new_tokens=2)
-    (component,) = (c for c in components(loaded.model, describe(loaded.model), budget) if c.role == "vision")
+    (component,) = (c for c in components(loaded.model, budget, (keep,)) if c.role == "vision")
     return ir.to_proto(exporter.export(component, loaded.model, Standard()))
 
 
@@ -82,7 +83,9 @@ def test_one_attention_for_each_layer(kind: str, export, form: str) -> None:
         else:
             fused = form == "standard16" and (role != "decode" or a.language.heads[0] >= 4)
             assert found["Attention"] == (n if fused else 0), (role, found)
-            assert found["Softmax"] == (0 if fused else n) + (role == "vision")
+            # Without [CLS] a token's score is what the last block's own weights say, which the graph then shares.
+            scored = role == "vision" and (fused or a.tower.has_cls)
+            assert found["Softmax"] == (0 if fused else n) + scored
             assert found["TensorScatter"] == (0 if role == "vision" else 2 * n)
         if role != "vision":
             assert found["RotaryEmbedding"] == 2 * n
@@ -94,7 +97,7 @@ def test_one_attention_for_each_layer(kind: str, export, form: str) -> None:
 def test_shapes_are_constant_and_named(kind: str, export, form: str) -> None:
     made = export(kind, form)
     a, budget = describe(made.loaded.model), made.budget
-    wanted = {c.role: c for c in components(made.loaded.model, a, budget)}
+    wanted = {c.role: c for c in components(made.loaded.model, budget, a.keep)}
     for info in made.infos.values():
         component = wanted[info.role]
         assert {t.name: t.shape for t in info.inputs} == {n: tuple(t.shape) for n, t in component.inputs.items()}
@@ -188,14 +191,14 @@ def test_exporting_leaves_the_model_alone(kind: str, export, form: str) -> None:
 def test_keeping_comes_back(tiny) -> None:
     loaded = tiny("llava")
     make([PruneTokens(keep=5)]).apply(loaded.model, None)
-    selection = locate(loaded.model).selection
+    selection = attached(loaded.model).selection
     assert selection is not None
-    with keeping(loaded.model, 9):
-        assert selection.keep == describe(loaded.model).keep == 9
-    assert selection.keep == 5
-    with pytest.raises(ValueError), keeping(loaded.model, 9):
+    with keeping(loaded.model, (9,)):
+        assert selection.keep == describe(loaded.model).keep == (9,)
+    assert selection.keep == (5,)
+    with pytest.raises(ValueError), keeping(loaded.model, [9]):
         raise ValueError
-    assert selection.keep == 5
+    assert selection.keep == (5,)
 
 
 def test_an_unpruned_model_has_a_kept_too(tiny) -> None:

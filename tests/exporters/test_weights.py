@@ -85,7 +85,7 @@ def test_nothing_is_stored_twice(kind: str, export, form: str) -> None:
 def test_two_budgets_have_one_set_of_weights(tiny, tmp_path: Path) -> None:
     loaded = tiny("llava")
     make([PruneTokens(keep=5, method="divprune")]).apply(loaded.model, None)
-    write_graphs(loaded.model, budgets(5, 16), Contrib(), tmp_path)
+    write_graphs(loaded.model, budgets(5, 16), [(5,), (16,)], Contrib(), tmp_path)
     folder = tmp_path / "graphs"
     contents = check(folder)
     check_transposed(folder, contents)

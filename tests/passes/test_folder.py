@@ -78,7 +78,7 @@ def test_language_heads_are_saved(tiny, logits, tmp_path: Path) -> None:
     ],
     ids=["trim", "language layers", "vision layers", "language heads", "both"],
 )
-def test_regular_cuts_load_without_vlmcut(kind: str, tiny, logits, tmp_path: Path, steps: list[Pass]) -> None:
+def test_regular_cuts_load_without_vlmcut(kind: str, tiny, logits, stock, tmp_path: Path, steps: list[Pass]) -> None:
     loaded = tiny(kind)
     if kind == "llava-siglip-qwen2":
         steps = [s for s in steps if not isinstance(s, DropHeads)]  # one KV head per layer
@@ -88,8 +88,12 @@ def test_regular_cuts_load_without_vlmcut(kind: str, tiny, logits, tmp_path: Pat
     )
     assert not report["missing_keys"] or all("post_layernorm" in key for key in report["missing_keys"])
     assert not report["mismatched_keys"] and not report["unexpected_keys"]
-    other = Loaded(plain.eval(), loaded.processor, {})
-    assert torch.equal(logits(other), logits(loaded))
+    assert not hasattr(plain, "vlmcut")
+    with torch.no_grad():
+        theirs, ours = (model(**stock(loaded)).logits for model in (plain.eval(), loaded.model))
+    assert torch.equal(theirs, ours)
+    # ... and it is what vlmcut reads by parts, which sees one image at a time. float32, logits of size 3.
+    torch.testing.assert_close(logits(loaded), theirs, rtol=0, atol=2e-5)
 
 
 def test_dtype(tiny, tmp_path: Path) -> None:
@@ -113,6 +117,18 @@ def test_weights_that_do_not_fit(tiny, tmp_path: Path, change: str) -> None:
     with pytest.raises(ModelError) as caught:
         vlmcut.load(tmp_path / "cut")
     assert ("model.surplus" if change == "extra" else name) in str(caught.value) and caught.value.hint
+
+
+def test_sizes_are_saved(tmp_path: Path) -> None:
+    """A cut is made for sizes of pictures: the folder knows them, and refuses others with both."""
+    loaded = vlmcut.load("tiny:qwen2_vl", sizes=((64, 64), (96, 64)))
+    out = save(loaded, [PruneTokens(keep=(4, 6), method="divprune")], tmp_path / "cut")
+    for again in (vlmcut.load(out), vlmcut.load(out, sizes=((64, 64), (96, 64)))):
+        assert describe(again.model) == describe(loaded.model) and describe(again.model).keep == (4, 6)
+        assert again.source == loaded.source  # where the sizes were written is nobody's business
+    for asked in ((96, 64),), ((96, 64), (64, 64)):
+        with pytest.raises(ModelError, match="was cut for images of 64x64, 96x64, not 96x64"):
+            vlmcut.load(out, sizes=asked)
 
 
 def test_a_truncated_cut_folder(tiny, tmp_path: Path) -> None:

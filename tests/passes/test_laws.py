@@ -101,7 +101,7 @@ def test_real_does_what_it_plans(kind: str, maker: Maker, tiny, logits) -> None:
     after = logits(loaded)
     assert after.isfinite().all()
     if isinstance(step, PruneTokens):
-        assert before.shape[1] - after.shape[1] == 2 * (full.visual_tokens - found.keep) == 2  # two images
+        assert before.shape[1] - after.shape[1] == 2 * (full.visual_tokens - found.keep[0]) == 2  # two images
     else:
         assert after.shape == before.shape and not torch.equal(after, before)
 
@@ -199,4 +199,6 @@ def test_notes_name_the_substitute_and_the_rounding(tiny) -> None:
     assert DropHeads(part="vision", fraction=0.5).notes(cls) == []
     (note,) = DropHeads(part="language", fraction=0.5).notes(cls)
     assert "1.5" in note and "2 are removed" in note
-    assert replace(cls, keep=4).visual_tokens == 16
+    assert replace(cls, keep=(4,)).visual_tokens == 16
+    rows = PruneTokens(keep=4, line_breaks="keep").notes(replace(cls, breaks=(3,)))
+    assert rows == ["line breaks between rows of tiles: keep"]

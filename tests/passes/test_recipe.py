@@ -13,16 +13,18 @@ import vlmcut
 from hypothesis import given
 from hypothesis import strategies as st
 from vlmcut.errors import PassError
+from vlmcut.manifest import Panel
 from vlmcut.passes import recipe
 from vlmcut.passes.base import PARTS, Pass
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.prune_tokens import PruneTokens
+from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
 from vlmcut.surgery.load import describe
+from vlmcut.surgery.selection import LINE_BREAKS
 
 ROOM = Path(recipe.__file__).parent
 
@@ -36,7 +38,11 @@ PASS = st.one_of(
     ),
     st.builds(DropLayers, part=st.sampled_from(PARTS), count=st.integers(1, 40), drop=st.none() | indices),
     st.builds(
-        PruneTokens, keep=st.integers(1, 3000), method=st.sampled_from(list(METHODS)), seed=st.integers(0, 2**31)
+        PruneTokens,
+        keep=st.integers(1, 3000) | st.lists(st.integers(1, 3000), min_size=1, max_size=3).map(tuple),
+        method=st.sampled_from(list(METHODS)),
+        seed=st.integers(0, 2**31),
+        line_breaks=st.sampled_from(LINE_BREAKS),
     ),
     st.builds(Quantize, parts=st.lists(st.sampled_from(PARTS), max_size=2, unique=True).map(tuple)),
 )
@@ -189,6 +195,9 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (PruneTokens(keep=17), "keep=17, but `llava` makes 16", "choose 1 to 16"),
     (PruneTokens(keep=-3), "keep=-3", "choose 1 to 16"),
     (PruneTokens(keep=3, seed=-1), "seed=-1", "0 or more"),
+    (PruneTokens(keep=3, line_breaks="drpo"), "no policy `drpo` for line breaks", "did you mean `drop`?"),
+    (PruneTokens(keep=(3, 4)), "keep names 2 numbers for 1 image sizes", "one for each --image-size"),
+    (PruneTokens(keep=()), "keep names 0 numbers for 1 image sizes", "one for each --image-size"),
     (PruneTokens(keep=3, method="fastvlm"), "no method `fastvlm`", "did you mean `fastervlm`?"),
     (DropLayers(part="sight", count=1), "part='sight'", "`vision` or `language`"),
     (DropLayers(part="vision", count=0), "count=0, but vision has 4 layers of which 3 can go", "choose 1 to 3"),
@@ -223,6 +232,67 @@ def test_plan_refuses(tiny, step: Pass, message: str, hint: str) -> None:
     with pytest.raises(PassError) as caught:
         step.plan(a)
     assert message in str(caught.value) and hint in (caught.value.hint or "")
+
+
+# 20 tokens, 4 of them line breaks.
+BROKEN_ROWS: list[tuple[PruneTokens, str | None]] = [
+    (PruneTokens(keep=16), None),
+    (PruneTokens(keep=17), "choose 1 to 16, or 20 for all"),
+    (PruneTokens(keep=19), "choose 1 to 16, or 20 for all"),
+    (PruneTokens(keep=20), None),
+    (PruneTokens(keep=4, line_breaks="keep"), "choose 5 to 20, or 20 for all"),
+    (PruneTokens(keep=1, line_breaks="keep"), "choose 5 to 20, or 20 for all"),
+    (PruneTokens(keep=5, line_breaks="keep"), None),
+    (PruneTokens(keep=19, line_breaks="keep"), None),
+    (PruneTokens(keep=1, line_breaks="compete"), None),
+    (PruneTokens(keep=19, line_breaks="compete"), None),
+]
+
+
+@pytest.mark.parametrize(("step", "hint"), BROKEN_ROWS)
+def test_line_breaks_limit_what_can_be_kept(tiny, step: PruneTokens, hint: str | None) -> None:
+    a = TrimTower().plan(describe(tiny("llava").model))
+    bucket = dataclasses.replace(a.buckets[0], tokens=20, panels=(Panel(rows=4, columns=4, line_breaks=True),))
+    a = dataclasses.replace(a, buckets=(bucket,), breaks=(len(bucket.line_breaks),), keep=(20,))
+    assert a.breaks == (4,)
+    if hint is None:
+        assert step.plan(a).keep == (step.keep,)
+        return
+    with pytest.raises(PassError, match=f"keep={step.keep} of 20 tokens, 4 of them line breaks") as caught:
+        step.plan(a)
+    assert caught.value.hint == hint
+
+
+def test_one_number_serves_every_bucket() -> None:
+    a = TrimTower().plan(describe(vlmcut.load("tiny:qwen2_vl", sizes=((64, 64), (96, 64))).model))
+    assert PruneTokens(keep=4).plan(a).keep == (4, 4)
+    assert PruneTokens(keep=(4, 6)).plan(a).keep == (4, 6)
+    small, large = (bucket.tokens for bucket in a.buckets)
+    with pytest.raises(PassError, match=f"keep={large}, but `qwen2_vl` makes {small} visual tokens"):
+        PruneTokens(keep=large).plan(a)
+    assert from_flags(a, prune=0.5).plan(a).keep == (kept_tokens(small, 0.5), kept_tokens(large, 0.5))
+    with pytest.raises(PassError, match=f"already keeps 4/6 of {small}/{large} tokens by `fastervlm`"):
+        make([PruneTokens(keep=(4, 6)), PruneTokens(keep=3)]).plan(a)
+
+
+def test_methods_that_need_attention_are_refused_without(tiny) -> None:
+    a = dataclasses.replace(TrimTower().plan(describe(tiny("llava").model)), scored=False)
+    for name, method in METHODS.items():
+        if not method.attention:
+            assert PruneTokens(keep=3, method=name).plan(a).method == name
+            continue
+        with pytest.raises(PassError, match=f"`{name}` scores tokens by attention in the vision tower") as caught:
+            PruneTokens(keep=3, method=name).plan(a)
+        assert caught.value.hint == "use divprune, random or uniform"
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_layers_that_the_config_names_by_number_stay(tiny, kind: str) -> None:
+    a = TrimTower().plan(describe(tiny(kind).model))
+    with pytest.raises(PassError, match=f"vision layers of `{kind}` cannot go: .*names blocks by number") as caught:
+        DropLayers(part="vision", count=1).plan(a)
+    assert caught.value.hint == "drop heads"
+    assert DropLayers(part="language", count=1).plan(a).language.layers == a.language.layers - 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +330,7 @@ def test_layers_and_tokens_can_leave_an_int8_model(tiny, logits) -> None:
 
 def test_tokens_are_chosen_behind_the_last_layer(tiny) -> None:
     """Without trim-tower the model would read its features from an earlier layer, all of them."""
-    with pytest.raises(PassError, match="tower has 5 layers, its features come after 4") as caught:
+    with pytest.raises(PassError, match="the tower still has 5 layers of which 4 are used") as caught:
         PruneTokens(keep=4).plan(describe(tiny("llava").model))
     assert caught.value.hint == "put trim-tower first"
 

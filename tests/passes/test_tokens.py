@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -195,25 +196,18 @@ def test_a_constant_choice_has_no_near_ties() -> None:
     assert float(select.same_for_all([1, 4], torch.tensor([[1, 4], [1, 5]]))) == math.inf
 
 
-def state(n: int = 12, d: int = 6) -> TowerState:
-    """A state whose last block is a plain attention of two heads."""
-    rng = torch.Generator().manual_seed(1)
-
-    class Attention(torch.nn.Module):
-        head_dim, scale = 4, 0.5
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj, self.k_proj = torch.nn.Linear(d, 8), torch.nn.Linear(d, 8)
-
-    class Block(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.self_attn, self.layer_norm1 = Attention(), torch.nn.Identity()
-
-    torch.manual_seed(0)
-    x = torch.randn(2, n + 1, d, generator=rng)
-    return TowerState(patches=x[:, 1:], block_input=x, block=Block(), has_cls=True, project=lambda t: t)
+def state(n: int = 12, d: int = 6, cls: bool = True, seed: int = 1) -> TowerState:
+    """One image of n tokens, one patch behind each, whose scored block has two heads of width 4."""
+    rng = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, 1, 2, n + cls, 4, generator=rng)
+    return TowerState(
+        tokens=torch.randn(1, n, d, generator=rng),
+        project=lambda t: t,
+        attention=((q, k),),
+        scale=0.5,
+        has_cls=cls,
+        members=torch.arange(n)[:, None],
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -223,11 +217,11 @@ def test_every_method_selects_and_judges_itself(method: str) -> None:
     with torch.no_grad():
         for keep in (1, 5, 11, 12):
             kept = selector(seen, keep)
-            assert kept.shape == (2, keep) and kept.dtype == torch.int64
-            assert all(ascending(row) for row in kept.tolist())
+            assert kept.shape == (1, keep) and kept.dtype == torch.int64
+            assert ascending(kept[0].tolist())
             assert float(selector.regret(seen, kept)) == 0
             if keep == 12:
-                assert kept.tolist() == [list(range(12))] * 2
+                assert kept.tolist() == [list(range(12))]
         kept = selector(seen, 5)
         scores = selector.scores(seen)
         row = METHODS[method]
@@ -238,21 +232,65 @@ def test_every_method_selects_and_judges_itself(method: str) -> None:
     assert row.summary and row.source
 
 
-def test_fastervlm_by_a_loop() -> None:
+def received_by_a_loop(seen: TowerState) -> np.ndarray:
+    """Per patch, counted over segments: softmax(q k^T * scale), mean over heads; row [CLS], or the mean of all rows."""
+    found = []
+    for q, k in seen.attention:
+        q, k = (x.double().numpy() for x in (q, k))
+        group = q.shape[1] // k.shape[1]
+        for segment in range(q.shape[0]):
+            total = np.zeros(k.shape[2])
+            for head in range(q.shape[1]):
+                for row in [0] if seen.has_cls else range(q.shape[2]):
+                    weights = np.exp(k[segment, head // group] @ q[segment, head, row] * seen.scale)
+                    total += weights / weights.sum() / q.shape[1] / (1 if seen.has_cls else q.shape[2])
+            found += total[1:].tolist() if seen.has_cls else total.tolist()
+    return np.array(found)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+def test_fastervlm_by_a_loop(cls: bool) -> None:
     """methods.md A1: a = mean over heads of softmax(q_cls k^T / sqrt(dh)), columns 1..N."""
+    seen = state(cls=cls)
+    got = TableSelector("fastervlm").scores(seen)
+    assert got is not None and got.shape == (1, 12)
+    # float32 against float64: the last bit of a score near 0.1 is 7e-9.
+    np.testing.assert_allclose(got[0].numpy(), received_by_a_loop(seen), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_scores_of_segments_and_merged_patches(groups: int, cls: bool) -> None:
+    """Tiles in one call and in several, of unequal length; tokens of several patches, of one, and of none."""
+    rng = torch.Generator().manual_seed(3)
+    calls = tuple(
+        (
+            torch.randn(segments, 4, rows + cls, 8, generator=rng),
+            torch.randn(segments, groups, rows + cls, 8, generator=rng),
+        )
+        for segments, rows in ((2, 6), (1, 9))
+    )
+    members = torch.tensor([[0, 1, 2, 3], [4, 11, 20, -1], [7, -1, -1, -1], [-1, -1, -1, -1], [12, 13, 19, 5]])
+    seen = TowerState(torch.zeros(1, 5, 3), lambda t: t, calls, 0.3, cls, members)
+    patches = received_by_a_loop(seen)
+    assert patches.shape == (21,)
+    want = [np.mean([patches[m] for m in row if m >= 0]) if max(row) >= 0 else 0.0 for row in members.tolist()]
+    got = TableSelector("fastervlm").scores(seen)
+    assert got is not None and got.shape == (1, 5)
+    np.testing.assert_allclose(got[0].numpy(), want, rtol=0, atol=1e-7)  # float32 against float64, as above
+    # Fewer tokens of the same image have the scores that they had.
+    some = TableSelector("fastervlm").scores(seen.only(torch.tensor([1, 4])))
+    assert some is not None and torch.equal(some, got[:, [1, 4]])
+
+
+def test_divprune_looks_behind_the_projector() -> None:
+    """A projector that turns tokens apart changes the choice: distances are measured on what it gives."""
     seen = state()
-    attention = seen.block.self_attn
-    with torch.no_grad():
-        q, k = (p(seen.block_input).double().numpy() for p in (attention.q_proj, attention.k_proj))
-        got = TableSelector("fastervlm").scores(seen).numpy()
-    want = np.zeros((2, 12))
-    for image in range(2):
-        for head in range(2):
-            columns = slice(head * 4, head * 4 + 4)
-            row = np.exp(k[image, :, columns] @ q[image, 0, columns] * attention.scale)
-            want[image] += (row / row.sum())[1:] / 2
-    # float32 against float64: the last bit of a score near 0.1 is 7e-9; measured 1.1e-8.
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7)
+    weight = torch.diag(torch.tensor([5.0, 1, 0, 0, 0, 0]))
+    turned = dataclasses.replace(seen, project=lambda t: t @ weight)
+    own, projected = (TableSelector("divprune")(s, 5) for s in (seen, turned))
+    alone = TableSelector("divprune")(dataclasses.replace(seen, tokens=seen.tokens @ weight), 5)
+    assert torch.equal(projected, alone) and not torch.equal(projected, own)
 
 
 def test_scores_are_wide() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import vlmcut
 from PIL import Image
+from vlmcut.errors import BundleError
+from vlmcut.manifest import Panel
 from vlmcut.runtime.bench import bench, full_prompt
 from vlmcut.runtime.overlay import draw, overlay, seen_picture
 
@@ -32,13 +35,15 @@ def test_bench_adds_up(model: vlmcut.Bundle) -> None:
 
 def test_bench_counts_what_it_says(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    decode = model.graphs.decode
+    step = model.graphs._step
 
-    def count(token: int, length: int) -> np.ndarray:
-        steps.append(length)
-        return decode(token, length)
+    def count(role: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        if role == "decode":
+            steps.append(int(inputs["length"][0]))
+            assert inputs["position_ids"].tolist() == [[steps[-1] - 1]]
+        return step(role, inputs)
 
-    monkeypatch.setattr(model.graphs, "decode", count)
+    monkeypatch.setattr(model.graphs, "_step", count)
     bench([model], runs=2, decode_tokens=1000, warmup=1)
     first, most = model.budget.sequence + 1, model.budget.cache
     assert steps == 3 * list(range(first, most + 1))  # never beyond the cache
@@ -50,17 +55,47 @@ def test_bench_of_two_bundles(model: vlmcut.Bundle) -> None:
 
 
 def test_full_prompt_fills_the_budget(model: vlmcut.Bundle) -> None:
-    prompt = full_prompt(model)
-    assert prompt.length == model.budget.sequence and prompt.images == model.budget.images
-    places = prompt.input_ids[0] == model.manifest.image_token_id
-    assert prompt.visual_index[0, places].tolist() == list(range(2 * 5))
-    np.testing.assert_array_equal(full_prompt(model).input_ids, prompt.input_ids)
+    whole = full_prompt(model)
+    assert whole.counts == (16, 16) and len(whole.pictures) == model.budget.images
+    places = whole.input_ids[0] == model.manifest.layout.image_token_id
+    assert whole.visual_index[0, places].tolist() == list(range(2 * 16)) and places.sum() == 32
+    prompt, sights = model.see(whole)
+    assert prompt.length == model.budget.sequence and [len(s.kept) for s in sights] == [5, 5]
+    np.testing.assert_array_equal(full_prompt(model).input_ids, whole.input_ids)
+    for one, other in zip(full_prompt(model).pictures, whole.pictures, strict=True):
+        np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+
+
+def patches(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """[rows * columns, height, width, 3]."""
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    tiles = pixels.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
+    return tiles.reshape(rows * columns, height, width, 3)
+
+
+def check(pixels: np.ndarray, kept: set[int], colours: np.ndarray, rows: int, columns: int) -> None:
+    """Kept cells are framed and bright, the others dim, each in its own colour, [cells, 3]."""
+    for cell, patch in enumerate(patches(pixels, rows, columns)):
+        edge = np.ones(patch.shape[:2], bool)
+        edge[1:-1, 1:-1] = False
+        inside = colours[cell] * (1 if cell in kept else 0.25)
+        y, x = patch.shape[0] // 2, patch.shape[1] // 2
+        middle = patch[y - 4 : y + 4, x - 4 : x + 4]
+        np.testing.assert_allclose(middle, np.broadcast_to(inside, middle.shape), atol=1, rtol=0, err_msg=str(cell))
+        assert (patch[edge] == EDGE).all() == (cell in kept), cell
+
+
+def mosaic(rows: int, columns: int, side: int, seed: int = 0) -> tuple[Image.Image, np.ndarray]:
+    """A picture of one-coloured squares, and their colours [rows * columns, 3]."""
+    colours = np.random.default_rng(seed).integers(0, 256, (rows * columns, 3), dtype=np.uint8)
+    pixels = colours.reshape(rows, columns, 3).repeat(side, axis=0).repeat(side, axis=1)
+    return Image.fromarray(pixels), colours.astype(float)
 
 
 def test_drawing_dims_dropped_and_frames_kept() -> None:
     picture = Image.new("RGB", (32, 32), (200, 100, 40))
     kept = np.array([0, 6, 15])
-    pixels = np.asarray(draw(picture, kept, (4, 4)))
+    pixels = np.asarray(draw(picture, kept, [Panel(rows=4, columns=4)]))
     assert pixels.shape == (480, 480, 3)
     for position in range(16):
         top, left = position // 4 * CELL, position % 4 * CELL
@@ -73,31 +108,58 @@ def test_drawing_dims_dropped_and_frames_kept() -> None:
 
 
 def test_grid_need_not_be_square() -> None:
-    pixels = np.asarray(draw(Image.new("RGB", (30, 20), "white"), np.array([5]), (2, 3)))
+    pixels = np.asarray(draw(Image.new("RGB", (30, 20), "white"), np.array([5]), [Panel(rows=2, columns=3)]))
     assert pixels.shape == (320, 480, 3)
     assert (pixels[-80, -80] == 255).all() and (pixels[80, 80] == 64).all()
+
+
+def test_panels_side_by_side() -> None:
+    """Two tiles with line breaks, left and right half, then the whole picture; each cell in its own colour."""
+    picture, colours = mosaic(2, 4, 60)
+    tiles = [Panel(rows=2, columns=2, box=(0, x / 2, 1, (x + 1) / 2), line_breaks=True) for x in range(2)]
+    panels = [*tiles, Panel(rows=2, columns=4)]
+    assert [p.tokens for p in panels] == [6, 6, 8]
+    # Tile 0: its first cell and a line break; tile 1: its last cell; the whole: cells 2 and 7.
+    pixels = np.asarray(draw(picture, np.array([0, 2, 6 + 4, 12 + 2, 12 + 7]), panels))
+    assert pixels.shape == (480, 480 + 8 + 480 + 8 + 480, 3)
+    grid = colours.reshape(2, 4, 3)
+    check(pixels[:, :480], {0}, grid[:, :2].reshape(-1, 3), 2, 2)
+    check(pixels[:, 488:968], {3}, grid[:, 2:].reshape(-1, 3), 2, 2)
+    check(pixels[:240, 976:], {2, 7}, colours, 2, 4)
+    assert (pixels[240:, 976:] == 0).all() and (pixels[:, 480:488] == 0).all()  # nothing lies there
 
 
 def test_seen_picture_undoes_the_processor(model: vlmcut.Bundle) -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))  # the tower's size: nothing is resized
-    prompt = model.prompt([image], "x")
-    assert prompt.pixel_values is not None
-    seen = seen_picture(model.prompter.processor.image_processor, prompt.pixel_values[0])
+    (picture,) = model.prompt([image], "x").pictures
+    seen = seen_picture(model.prompter.processor.image_processor, picture.pixel_values[0])
     np.testing.assert_array_equal(np.asarray(seen), np.asarray(image))
 
 
 def test_overlay_of_a_bundle(model: vlmcut.Bundle) -> None:
-    rng = np.random.default_rng(1)
-    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    drawing, kept = overlay(model, image)
-    _, (want,) = model.see(model.prompt([image], ""))
-    np.testing.assert_array_equal(kept, want)
-    assert len(kept) == 5
-    pixels, source = np.asarray(drawing).astype(int), np.asarray(image).astype(float)
-    for position in range(16):
-        row, column = position // 4, position % 4
-        have = pixels[row * CELL + 2 : (row + 1) * CELL : 15, column * CELL + 2 : (column + 1) * CELL : 15]
-        patch = source[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
-        light = 1 if position in kept else 0.25
-        np.testing.assert_allclose(have, patch * light, atol=0.5, rtol=0)  # rounded to whole steps
+    image, colours = mosaic(4, 4, 8, seed=1)  # the tower's size and patches: nothing is resized
+    drawing, kept, tokens = overlay(model, image)
+    _, (sight,) = model.see(model.prompt([image], ""))
+    np.testing.assert_array_equal(kept, sight.kept)
+    assert (len(kept), tokens) == (5, 16)
+    check(np.asarray(drawing), set(kept.tolist()), colours, 4, 4)
+
+
+def test_overlay_draws_what_a_crop_leaves(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLaVA-1.5's processor cuts the middle out of a wide picture: the tokens lie there, not over the whole."""
+    images = model.prompter.processor.image_processor
+    monkeypatch.setattr(images, "size", type(images.size)(shortest_edge=32))
+    monkeypatch.setattr(images, "do_center_crop", True)
+    middle, colours = mosaic(4, 4, 8, seed=2)
+    wide = Image.new("RGB", (64, 32), "red")
+    wide.paste(middle, (16, 0))
+    drawing, kept, _ = overlay(model, wide)
+    check(np.asarray(drawing), set(kept.tolist()), colours, 4, 4)
+
+
+def test_overlay_without_panels_is_refused(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = replace(model.manifest.buckets[0], panels=())
+    monkeypatch.setattr(model, "manifest", replace(model.manifest, buckets=(bucket,)))
+    with pytest.raises(BundleError, match="does not know where the visual tokens"):
+        overlay(model, Image.new("RGB", (32, 32)))

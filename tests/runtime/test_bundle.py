@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import pytest
 import torch
 import vlmcut
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vlmcut.errors import BundleError
 from vlmcut.passes import recipe
+from vlmcut.prompt import Picture
 from vlmcut.surgery.load import Loaded
+from vlmcut.surgery.talk import see_picture
 
 KEEP, FULL, NEW = 5, 16, 20
 
@@ -59,14 +63,21 @@ def model(bundle: Path) -> vlmcut.Bundle:
     return vlmcut.Bundle(bundle)
 
 
+def pictures(pixels: torch.Tensor) -> list[Picture]:
+    return [Picture(one[None].numpy(), {"pixel_values": (1, *one.shape)}) for one in pixels]
+
+
 def eager_answer(loaded: Loaded, images: list[Image.Image], text: str) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens and their logits by `generate`, from a prompt that is put together here."""
+    """Greedy tokens and their logits by `generate`, from a prompt that is put together here.
+
+    Of each image transformers' own features enter, those of the tokens that the eager model chooses to keep.
+    """
     pieces = text.split("<image>")
     first = len(images) - (len(pieces) - 1)
     rendered = "USER: " + "<image>\n" * first + pieces[0].strip()
     for piece in pieces[1:]:
         rendered += "<image>\n" + piece.strip()
-    inputs = loaded.processor(images=images or None, text=rendered + " ASSISTANT:", return_tensors="pt")
+    inputs = loaded.processor.inner(images=images or None, text=rendered + " ASSISTANT:", return_tensors="pt")
     ids: list[int] = []
     for token, run in itertools.groupby(inputs["input_ids"][0].tolist()):
         same = list(run)
@@ -75,7 +86,14 @@ def eager_answer(loaded: Loaded, images: list[Image.Image], text: str) -> tuple[
             same = same[: len(same) // FULL * KEEP]
         ids += same
     wanted = torch.tensor([ids])
-    pixels = {"pixel_values": inputs["pixel_values"]} if images else {}
+    pixels = {}
+    if images:
+        with torch.no_grad():
+            whole = loaded.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+        kept = [see_picture(loaded.model, one).kept for one in pictures(inputs["pixel_values"])]
+        features = tuple(one[choice] for one, choice in zip(whole, kept, strict=True))
+        assert {tuple(one.shape) for one in features} == {(KEEP, loaded.model.config.text_config.hidden_size)}
+        pixels["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}  # type: ignore[arg-type]
     out = loaded.model.generate(
         input_ids=wanted, attention_mask=torch.ones_like(wanted), max_new_tokens=NEW, do_sample=False, pad_token_id=0,
         output_logits=True, return_dict_in_generate=True, **pixels,
@@ -87,8 +105,7 @@ def eager_answer(loaded: Loaded, images: list[Image.Image], text: str) -> tuple[
 
 
 def first_logits(model: vlmcut.Bundle, images: list[Image.Image], text: str) -> np.ndarray:
-    prompt = model.prompt(images, text)
-    return model.graphs.prefill(*prompt.pad(model.budget), model.see(prompt)[0], prompt.length)
+    return model.graphs.prefill(*model.see(model.prompt(images, text)))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -101,7 +118,8 @@ def test_same_as_the_eager_model(name: str, pair: tuple[Loaded, vlmcut.Bundle]) 
     prompt = model.prompt(images, text)
     assert list(model.tokens(prompt)) == want
     logits = [first_logits(model, images, text)]
-    logits += [model.graphs.decode(token, prompt.length + i) for i, token in enumerate(want[:-1], start=1)]
+    shrunk, _ = model.see(prompt)
+    logits += [model.graphs.decode(token, shrunk, count) for count, token in enumerate(want[:-1])]
     # float32, other orders of sums over 5 layers; measured 9.5e-6. Another picture moves them by 1.2.
     np.testing.assert_allclose(logits, want_logits, rtol=0, atol=5e-5)
     decoded = eager.processor.tokenizer.decode(want, skip_special_tokens=True)
@@ -125,9 +143,9 @@ def test_pictures_and_words_matter(model: vlmcut.Bundle) -> None:
 def test_order_of_pictures_matters(model: vlmcut.Bundle) -> None:
     one, other = picture(0), Image.new("RGB", (32, 32), "red")
     prompts = [model.prompt(pair, "x") for pair in ([one, other], [other, one])]
-    features = [model.see(p)[0] for p in prompts]
-    np.testing.assert_array_equal(features[0][0], features[1][1])
-    np.testing.assert_array_equal(features[0][1], features[1][0])
+    seen = [model.see(p)[1] for p in prompts]
+    np.testing.assert_array_equal(seen[0][0].features, seen[1][1].features)
+    np.testing.assert_array_equal(seen[0][1].features, seen[1][0].features)
     logits = [first_logits(model, pair, "x") for pair in ([one, other], [other, one])]
     assert np.abs(logits[0] - logits[1]).max() > 1e-2
 
@@ -150,7 +168,7 @@ def test_stream_never_shows_half_a_character(cut: int, model: vlmcut.Bundle, mon
     data = list("aé五🎈b".encode())[:cut]
     monkeypatch.setattr(model, "tokens", lambda prompt, most: iter(data))
     monkeypatch.setattr(model.prompter.processor, "tokenizer", Bytes())
-    monkeypatch.setattr(model, "prompt", lambda images, text: None)
+    monkeypatch.setattr(model, "prompt", lambda images, text, fit: None)
     pieces = list(model.stream([], "x"))
     assert "".join(pieces) == Bytes().decode(data)
     assert not any("�" in piece for piece in pieces[:-1])
@@ -174,33 +192,42 @@ def test_no_state_is_left(bundle: Path, model: vlmcut.Bundle) -> None:
 
 def test_cache_is_written_in_place(model: vlmcut.Bundle) -> None:
     """A step changes its own row of every buffer, and no other row."""
-    prompt = model.prompt([picture(0)], "What is in the picture?")
-    features, _ = model.see(prompt)
-    model.graphs.prefill(*prompt.pad(model.budget), features, prompt.length)
-    before = [c.copy() for c in model.graphs.cache()]
-    model.graphs.decode(7, prompt.length + 1)
-    for old, new in zip(before, model.graphs.cache(), strict=True):
-        changed = np.flatnonzero((old != new).any(axis=(0, 1, 3)))
+    prompt, seen = model.see(model.prompt([picture(0)], "What is in the picture?"))
+    model.graphs.prefill(prompt, seen)
+    before = {name: value.copy() for name, value in model.graphs.states().items()}
+    assert sorted(before) == sorted(f"{kind}_{layer}" for kind in ("key", "value") for layer in range(3))
+    model.graphs.decode(7, prompt, 0)
+    for name, new in model.graphs.states().items():
+        changed = np.flatnonzero((before[name] != new).any(axis=(0, 1, 3)))
         assert changed.tolist() == [prompt.length]
 
 
-def test_what_pads_a_prompt_does_not_matter(model: vlmcut.Bundle) -> None:
-    prompt = model.prompt([picture(0)], "What?")
-    ids, index = prompt.pad(model.budget)
-    features, _ = model.see(prompt)
-    plain = model.graphs.prefill(ids, index, features, prompt.length)
-    noisy = ids.copy()
-    noisy[0, prompt.length :] = np.arange(ids.shape[1] - prompt.length) + 4
+def test_what_pads_a_prompt_does_not_matter(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, seen = model.see(model.prompt([picture(0)], "What?"))
+    plain = model.graphs.prefill(prompt, seen)
+    step = model.graphs._step
+
+    def noisy(role: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        ids, rows = inputs["input_ids"].copy(), inputs["position_ids"].copy()
+        assert ids.shape[1] - prompt.length > 3
+        ids[0, prompt.length :] = np.arange(ids.shape[1] - prompt.length) + 4
+        rows[0, prompt.length :] = 9
+        # The rest of the feature table belongs to an image that is not there.
+        table = inputs["image_features"].copy()
+        table[len(seen[0].features) :] = 3.0
+        return step(role, {**inputs, "input_ids": ids, "position_ids": rows, "image_features": table})
+
+    monkeypatch.setattr(model.graphs, "_step", noisy)
     # The same operators on the same rows; measured 0.0.
-    np.testing.assert_array_equal(model.graphs.prefill(noisy, index, features, prompt.length), plain)
+    np.testing.assert_array_equal(model.graphs.prefill(prompt, seen), plain)
 
 
 def test_every_budget_answers(bundle_int8: Path) -> None:
     for keep in (5, 16):
         model = vlmcut.Bundle(bundle_int8, keep=keep)
-        features, kept = model.see(model.prompt([picture(0)], "What?"))
-        assert features[0].shape[0] == kept[0].shape[0] == keep == model.budget.visual_tokens
-        assert np.all(np.diff(kept[0]) > 0)
+        prompt, (sight,) = model.see(model.prompt([picture(0)], "What?"))
+        assert len(sight.features) == len(sight.kept) == keep == model.budget.visual_tokens == prompt.counts[0]
+        assert np.all(np.diff(sight.kept) > 0)
         assert len(list(model.tokens(model.prompt([picture(0)], "What?")))) > 1
     assert vlmcut.Bundle(bundle_int8).budget.visual_tokens == 5
 
@@ -208,6 +235,67 @@ def test_every_budget_answers(bundle_int8: Path) -> None:
 def test_threads_do_not_change_the_answer(bundle: Path, model: vlmcut.Bundle) -> None:
     talk = ([picture(0)], "What is in the picture?")
     assert vlmcut.Bundle(bundle, threads=1).generate(*talk) == model.generate(*talk)
+
+
+# --- image sizes ---
+
+
+class Tall:
+    """An image processor that leaves heights above 48 pixels as they are: another geometry."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, images: Any = None, **rest: Any) -> Any:
+        made = self.inner(images=images, **rest)
+        if images and max(image.height for image in images) > 48:
+            made["pixel_values"] = np.concatenate([made["pixel_values"]] * 2, axis=2)
+        return made
+
+
+@pytest.fixture
+def choosy(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> vlmcut.Bundle:
+    """The bundle, but its processor makes tall pictures into something that no bucket takes."""
+    monkeypatch.setattr(model.prompter, "processor", Tall(model.prompter.processor))
+    return model
+
+
+def test_an_image_that_no_bucket_takes_is_refused(choosy: vlmcut.Bundle) -> None:
+    tall = picture(0, (60, 40))
+    with pytest.raises(BundleError, match=r"pixel_values 1x3x64x32, which no bucket has .*pixel_values 1x3x32x32") as e:
+        choosy.generate([tall], "What?")
+    assert e.value.hint and "--fit" in e.value.hint and "--image-size" in e.value.hint
+    assert choosy.generate([picture(1)], "What?")  # others are taken
+
+
+def test_fit_resizes_to_a_bucket(choosy: vlmcut.Bundle) -> None:
+    tall, right = picture(0, (60, 40)), picture(1)
+    resized = tall.resize((32, 32), Image.Resampling.BICUBIC)
+    want = choosy.prompt([resized, right], "left and right?")
+    have = choosy.prompt([tall, right], "left and right?", fit=True)
+    for one, other in zip(want.pictures, have.pictures, strict=True):  # what fits already is not touched
+        np.testing.assert_array_equal(one.pixel_values, other.pixel_values)
+    question = "What is in the picture?"
+    assert choosy.generate([tall], question, fit=True) == choosy.generate([resized], question)
+    assert "".join(choosy.stream([tall], question, fit=True)).strip() == choosy.generate([resized], question)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [((40, 90), "32x64"), ((90, 40), "64x32"), ((70, 60), "32x32"), ((60, 70), "32x32"), ((99, 1), "64x32")],
+)
+def test_fit_takes_the_bucket_of_the_nearest_shape(
+    size: tuple[int, int], name: str, choosy: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = choosy.manifest.buckets[0]
+    sizes = [(32, 64), (64, 32), (16, 16), (32, 32)]
+    made = [replace(first, size=s, geometry={"x": s}, tokens=s[0] * s[1]) for s in sizes]
+    monkeypatch.setattr(choosy, "manifest", replace(choosy.manifest, buckets=tuple(made)))
+    fitted = choosy._fitted(Image.new("RGB", (size[1], size[0])))
+    assert f"{fitted.height}x{fitted.width}" == name  # of two alike the one with more tokens
 
 
 @pytest.mark.gpu
@@ -268,7 +356,7 @@ def test_everything_on_the_device_works_without_torch(bundle: Path, tmp_path: Pa
     commands = [
         ["verify", str(bundle), "--json"],
         ["run", str(bundle), "-i", str(image), "-p", "What is in the picture?"],
-        ["overlay", str(bundle), "-i", str(image), "-o", str(drawing)],
+        ["overlay", str(bundle), "-i", str(image), "-o", str(drawing), "--fit"],
         ["bench", str(bundle), "--runs", "1", "--decode-tokens", "2", "--json"],
         ["verify", str(bundle), "--provider", "nonsense"],
     ]

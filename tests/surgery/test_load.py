@@ -9,16 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vlmcut
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, LlamaConfig, Qwen2VLConfig
+from transformers import AutoModelForImageTextToText, BertConfig, LlamaConfig
 from vlmcut.errors import ModelError
 from vlmcut.manifest import digest
-from vlmcut.surgery import load as surgery
+from vlmcut.prompt import Prompter
 from vlmcut.surgery import tiny as tiny_models
-from vlmcut.surgery.load import check_folder, describe, load_config, plain_name, skeleton, state_dict
+from vlmcut.surgery.load import attach, check_folder, describe, load_config, skeleton, state_dict
+from vlmcut.surgery.selection import attached
+from vlmcut.surgery.talk import Talk, greedy, see_all
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_dtype(tiny) -> None:
 def test_describe_needs_no_weights(kind: str, tiny) -> None:
     loaded = tiny(kind)
     with torch.device("meta"):
-        empty = skeleton(load_config(f"tiny:{kind}"))
+        empty = attach(skeleton(load_config(f"tiny:{kind}")), attached(loaded.model).buckets)
     assert describe(empty) == describe(loaded.model)
     assert {p.device.type for p in empty.parameters()} == {"meta"}
 
@@ -129,10 +133,12 @@ def test_text_only(tmp_path: Path) -> None:
     refused(tmp_path, "`bert` is a text-only model")
 
 
-def test_no_reader(tmp_path: Path) -> None:
-    Qwen2VLConfig().save_pretrained(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    refused(tmp_path, "cannot describe `qwen2_vl`: no reader for it")
+def test_a_layout_that_is_not_described(tmp_path: Path) -> None:
+    """Mllama attends to its images: no feature takes a token's place. Small, since its weights are read first."""
+    model, processor = tiny_models.make("mllama")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    refused(tmp_path, "cannot describe `mllama`: it has no get_image_features")
 
 
 def test_unknown_model_type(broken: Path) -> None:
@@ -253,17 +259,25 @@ def test_a_weight_of_another_shape(broken: Path) -> None:
 # --- configs that a reader does not fully understand
 
 CONFIGS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] = [
-    ("unknown llava field", lambda c: c.update(pixel_unshuffle=2), ("llava config field `pixel_unshuffle` = 2",)),
-    ("unknown vision field", lambda c: c["vision_config"].update(window=7), ("vision config field `window` = 7",)),
+    (
+        "unknown llava field",
+        lambda c: c.update(pixel_unshuffle=2),
+        ("llava: `LlavaConfig` field `pixel_unshuffle` = 2",),
+    ),
+    (
+        "unknown vision field",
+        lambda c: c["vision_config"].update(window=7),
+        ("llava: `CLIPVisionConfig` field `window` = 7 is not understood",),
+    ),
     (
         "unknown text field",
         lambda c: c["text_config"].update(soft_cap=9.0),
-        ("language config field `soft_cap` = 9.0",),
+        ("llava: `LlamaConfig` field `soft_cap` = 9.0 is not understood",),
     ),
     (
-        "known field",
-        lambda c: c["text_config"].update(attention_bias=True),
-        ("language config field `attention_bias` = True",),
+        "a field of another class",
+        lambda c: c["text_config"].update(final_logit_softcapping=30.0),
+        ("`LlamaConfig` field `final_logit_softcapping` = 30.0",),
     ),
     (
         "several layers",
@@ -271,20 +285,24 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] =
         ("vision_feature_layer = [-2, -1]", "several"),
     ),
     (
-        "sliding window",
+        "another kind of layer",
         lambda c: c.update(
             text_config=dict(
                 vocab_size=320,
                 hidden_size=48,
                 num_hidden_layers=3,
                 model_type="qwen2",
-                use_sliding_window=True,
-                sliding_window=8,
-                max_window_layers=1,
-                layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+                layer_types=["full_attention", "chunked_attention", "chunked_attention"],
             )
         ),
-        ("2 language layers use `sliding_attention`",),
+        ("language layers of type `chunked_attention` are not supported",),
+    ),
+    (
+        "four axes",
+        lambda c: c["text_config"].update(
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4, 4]}
+        ),
+        ("positions of 4 axes are not supported",),
     ),
     (
         "dynamic rope",
@@ -313,7 +331,6 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] =
         ("= 'full' with a `clip_vision_model`", "[CLS]"),
     ),
     ("tower", lambda c: c.update(vision_config={"model_type": "dinov2"}), ("vision tower `dinov2` has no reader",)),
-    ("language", lambda c: c.update(text_config={"model_type": "gpt2"}), ("language model `gpt2` has no reader",)),
 ]
 
 
@@ -326,10 +343,63 @@ def test_a_config_that_is_not_understood(broken: Path, change: Callable, parts: 
 
 
 def test_a_default_is_not_unknown(broken: Path) -> None:
-    """A field that says what the default says changes nothing."""
-    edit(broken, lambda c: c["text_config"].update(attention_bias=False, mlp_bias=False))
+    """A field that says what the default says changes nothing; one that says nothing neither."""
+    edit(broken, lambda c: c["text_config"].update(attention_bias=False, mlp_bias=False, of_tomorrow=None))
     check_folder(broken)
     vlmcut.load(broken)
+
+
+QWEN2 = dict(
+    model_type="qwen2", vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+    num_attention_heads=6, num_key_value_heads=3, use_sliding_window=True, sliding_window=8, max_window_layers=1,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention"], tie_word_embeddings=False,
+)  # fmt: skip
+DECLARED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "attention_bias": lambda c: c["text_config"].update(attention_bias=True, mlp_bias=True),
+    "sliding window": lambda c: c.update(text_config=QWEN2, tie_word_embeddings=False),
+    "linear rope": lambda c: c["text_config"].update(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_declared_field_is_heard(broken: Path, name: str) -> None:
+    """What the config's class declares, its modules compute, and they are what vlmcut reads: `generate` says the same.
+
+    Without weights for it, and where it would change the answer, the field is not passed over.
+    """
+    edit(broken, DECLARED[name])
+    if name != "linear rope":
+        assert "download it again" in refused(broken, "weights are ")
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(load_config(str(broken)))
+    for _, parameter in model.named_parameters():
+        parameter.data.normal_(0, 0.15)
+    model.save_pretrained(broken)
+    loaded = vlmcut.load(broken)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    prompt = Prompter(loaded.processor, describe(loaded.model).layout)([image], "Is the red square left?")
+    assert prompt.length > QWEN2["sliding_window"]  # type: ignore[operator]
+    inputs = {"input_ids": torch.from_numpy(prompt.input_ids)}
+    inputs["pixel_values"] = torch.from_numpy(prompt.pictures[0].pixel_values)
+    said = loaded.model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    shrunk, seen = see_all(loaded.model, prompt)
+    talk = Talk.read(loaded.model, [shrunk], [seen])
+    with torch.no_grad():
+        want = loaded.model(**inputs).logits[0, -1]
+    # float32, one row of the output projection or all; logits below 1. Measured on x86 with one thread: 1.2e-7.
+    torch.testing.assert_close(talk.logits[0], want, rtol=0, atol=2e-6)
+    assert greedy(talk, 5) == [said[0, prompt.length :].tolist()]
+
+
+def test_weights_of_another_language_model(broken: Path) -> None:
+    """A config whose text part was exchanged: nothing is filled with random numbers."""
+    edit(
+        broken, lambda c: c.update(text_config=QWEN2 | {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
+    )
+    refused(broken, "weights are missing", "model.language_model.layers.")
 
 
 # --- names
@@ -337,7 +407,6 @@ def test_a_default_is_not_unknown(broken: Path) -> None:
 
 def test_names_on_disk_are_hugging_faces(kind: str, tiny) -> None:
     loaded = tiny(kind)
-    assert plain_name("model.vision_tower.wrapped.embeddings.x") == "model.vision_tower.embeddings.x"
     names = set(state_dict(loaded.model))
     assert names == set(dict(loaded.model.state_dict())) - ({"lm_head.weight"} if kind == "llava" else set())
 
@@ -359,4 +428,3 @@ def test_hub_ids_are_not_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     refused("nobody/such-model-exists", "`nobody/such-model-exists` cannot be loaded")
     (tmp_path / "nobody" / "such-model-exists").mkdir(parents=True)
     refused("nobody/such-model-exists", "has no config.json")
-    assert surgery.READERS.keys() == {"llava"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 from vlmcut.errors import BundleError, ParityError
-from vlmcut.manifest import ExactnessRow, read
+from vlmcut.manifest import ExactnessRow, Layout, read
 from vlmcut.passes import recipe
 from vlmcut.passes.tokens import select
 from vlmcut.passes.tokens.methods import TableSelector
-from vlmcut.runtime.sessions import Graphs
-from vlmcut.surgery.load import describe, locate
+from vlmcut.prompt import Picture, Prompt, assemble
+from vlmcut.runtime.sessions import Graphs, Sight
+from vlmcut.surgery.load import describe
+from vlmcut.surgery.selection import attached
 from vlmcut.validation import cases, exactness, reference, report
 from vlmcut.validation.exactness import MULTIPLE, Exactness
 
@@ -37,6 +39,9 @@ def graphs(bundle: Path) -> Graphs:
     return Graphs(bundle, read(bundle))
 
 
+BLACK = Picture(np.zeros((1, 3, 32, 32), np.float32), {"pixel_values": (1, 3, 32, 32)})
+
+
 def measure(model: Any, graphs: Graphs, **options: Any) -> tuple[Exactness, list[cases.Case]]:
     return exactness.measure(model, describe(model), graphs.budget, graphs, **options)
 
@@ -44,29 +49,56 @@ def measure(model: Any, graphs: Graphs, **options: Any) -> tuple[Exactness, list
 # --- inputs ---
 
 
+def shrunk(prompt: Prompt, keep: int = 5) -> Prompt:
+    return prompt.shrink([np.arange(keep)] * len(prompt.pictures))
+
+
 def test_fresh_prompts_cover_the_layouts(model: Any, graphs: Graphs) -> None:
     a, budget = describe(model), graphs.budget
-    full, middle, text, last = exactness.fresh_prompts(a, budget, seed=3)
-    assert full.length == budget.sequence and full.images == budget.images == 2
-    assert [p.images for p in (middle, text, last)] == [1, 0, 1]
+    prompts = exactness.fresh_prompts(a, budget, seed=3)
+    full, middle, text, last = prompts
+    assert [len(p.pictures) for p in prompts] == [budget.images, 1, 0, 1] and budget.images == 2
+    for prompt in prompts:
+        assert prompt.counts == (16,) * len(prompt.pictures)
+        places = prompt.visual_index[0] >= 0
+        np.testing.assert_array_equal(prompt.input_ids[0] == a.layout.image_token_id, places)
+        assert prompt.visual_index[0, places].tolist() == list(range(len(prompt.pictures) * 16))
+        for picture in prompt.pictures:
+            assert picture.bucket(a.buckets) == 0 and picture.pixel_values.dtype == np.float32
+        shrunk(prompt).pad(budget)
+    assert shrunk(full).length == budget.sequence
     place = np.flatnonzero(middle.visual_index[0] >= 0)
     assert place[0] > 0 and place[-1] < middle.length - 1  # text on both sides
-    assert text.pixel_values is None and text.length < budget.sequence
-    assert last.length < budget.sequence
-    for prompt in (full, middle, text, last):
-        places = prompt.visual_index[0] >= 0
-        np.testing.assert_array_equal(prompt.input_ids[0] == a.image_token_id, places)
-        assert prompt.visual_index[0, places].tolist() == list(range(prompt.images * 5))
-        prompt.pad(budget)
+    assert shrunk(text).length < budget.sequence and shrunk(last).length < budget.sequence
+    assert last.visual_index[0, -2] >= 0 > last.visual_index[0, -1]
+
+
+def test_every_bucket_has_its_turn(model: Any, graphs: Graphs) -> None:
+    """Unequal pictures meet in the full prompt, and none is left out however many there are."""
+    a = describe(model)
+    small = replace(a.buckets[0], geometry={"pixel_values": (1, 3, 16, 24)}, tokens=6)
+    wide = replace(a.buckets[0], geometry={"pixel_values": (1, 3, 8, 40)}, tokens=5)
+    tall = replace(a.buckets[0], geometry={"pixel_values": (7, 12)}, tokens=7)  # patches in rows, as Qwen's
+    for buckets in ([a.buckets[0], small], [a.buckets[0], small, wide, tall, replace(tall, geometry={"x": (1,)})]):
+        buckets[-1] = replace(buckets[-1], geometry=buckets[-1].geometry | {"pixel_values": (9, 12)})
+        many = replace(a, buckets=tuple(buckets))
+        prompts = exactness.fresh_prompts(many, graphs.budget, seed=3)
+        met = {picture.bucket(many.buckets) for prompt in prompts for picture in prompt.pictures}
+        assert met == set(range(len(buckets)))
+        assert prompts[0].counts == (buckets[0].tokens, buckets[1].tokens)
+        for prompt in prompts:
+            assert prompt.counts == tuple(many.buckets[p.bucket(many.buckets)].tokens for p in prompt.pictures)
+            assert (prompt.visual_index >= 0).sum() == sum(prompt.counts)
 
 
 def test_fresh_prompts_follow_the_seed(model: Any, graphs: Graphs) -> None:
     a = describe(model)
     one, same, other = (exactness.fresh_prompts(a, graphs.budget, seed)[0] for seed in (3, 3, 4))
     np.testing.assert_array_equal(one.input_ids, same.input_ids)
+    np.testing.assert_array_equal(one.pictures[1].pixel_values, same.pictures[1].pixel_values)
     assert not np.array_equal(one.input_ids, other.input_ids)
-    assert one.pixel_values is not None and other.pixel_values is not None
-    assert not np.array_equal(one.pixel_values, other.pixel_values)
+    assert not np.array_equal(one.pictures[0].pixel_values, other.pictures[0].pixel_values)
+    assert not np.array_equal(one.pictures[0].pixel_values, one.pictures[1].pixel_values)
 
 
 def test_truth_is_float64_throughout(model: Any) -> None:
@@ -144,7 +176,7 @@ def test_flip_within_noise_is_a_near_tie_and_beyond_is_wrong(
 
 @dataclass(frozen=True)
 class Fixed:
-    """A selector that ranks given scores."""
+    """A selector that ranks given scores, which a model sees rounded to its own dtype."""
 
     score: Tensor
     method: str = "fastervlm"
@@ -153,7 +185,7 @@ class Fixed:
         return select.topk_select(self.score, keep)
 
     def scores(self, state: Any) -> Tensor:
-        return self.score
+        return self.score.to(state.tokens.dtype)
 
     def regret(self, state: Any, kept: Tensor) -> Tensor:
         return select.topk_regret(self.score, kept)
@@ -165,15 +197,12 @@ def test_another_choice_counts_by_its_score(gap: float, model: Any) -> None:
     score = torch.linspace(1, 0, 16, dtype=torch.float64)[None].clone()
     score[0, 5] = score[0, 4] - gap
     exact = reference.truth(model)
-    locate(exact).selection.selector = Fixed(score)  # type: ignore[union-attr]
-    eager = reference.truth(model)
-    locate(eager).selection.selector = Fixed(score.float())  # type: ignore[union-attr]
-    pixels = torch.zeros(1, 3, 32, 32)
+    attached(exact).selection.selector = Fixed(score)  # type: ignore[union-attr]
     kept = exactness._Kept()
-    kept.look(eager, exact, pixels, torch.tensor([[0, 1, 2, 3, 4]]))
+    kept.look(model, exact, BLACK, torch.tensor([[0, 1, 2, 3, 4]]))
     assert (kept.images, kept.other, kept.regret) == (1, 0, 0.0)
     assert kept.note == "equal on 1 images"
-    kept.look(eager, exact, pixels, torch.tensor([[0, 1, 2, 3, 5]]))
+    kept.look(model, exact, BLACK, torch.tensor([[0, 1, 2, 3, 5]]))
     assert kept.regret == pytest.approx(gap, abs=1e-15)
     assert kept.note.startswith("other tokens on 1 of 2 images")
     assert 0 < kept.noise < 1e-7  # the scores' own rounding to float32
@@ -189,12 +218,10 @@ class OtherChoice:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.graphs, name)
 
-    def vision(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        image = torch.from_numpy(pixels)
-        score = reference.scores(self.model, image)
-        assert score is not None
-        features, kept = reference.see(self.model, image, self.choose(score))
-        return features.numpy(), kept.numpy()[None]
+    def vision(self, picture: Picture) -> Sight:
+        score = attached(self.model).selection.scores(reference.state(self.model, picture))  # type: ignore[union-attr]
+        seen = reference.see(self.model, picture, self.choose(score))
+        return Sight(seen.features.numpy(), seen.kept.numpy())
 
 
 def _swap(score: Tensor) -> Tensor:
@@ -218,15 +245,17 @@ def test_bundle_that_differs_within_noise_is_accepted_with_a_note(
     assert row.ok and 0 < row.max_abs <= row.tolerance
     assert row.note.startswith("other tokens on 4 of 4 images")
     assert verdict.ok and verdict.equal == verdict.tokens  # everything after is judged on the runtime's choice
-    assert all(len(case.kept) == case.prompt.images for case in recorded)
+    for case in recorded:
+        for picture, sight in zip(case.prompt.pictures, case.seen, strict=True):
+            np.testing.assert_array_equal(sight.kept, other.vision(picture).kept)
 
 
 def test_keeping_all_must_keep_the_order(tiny: Any) -> None:
     whole = tiny("llava").model
     kept = exactness._Kept()
-    kept.look(whole, whole, torch.zeros(1, 3, 32, 32), torch.arange(16)[None])
+    kept.look(whole, whole, BLACK, torch.arange(16)[None])
     assert kept.regret == 0
-    kept.look(whole, whole, torch.zeros(1, 3, 32, 32), torch.arange(16).flip(0)[None])
+    kept.look(whole, whole, BLACK, torch.arange(16).flip(0)[None])
     assert kept.regret == math.inf
 
 
@@ -236,9 +265,9 @@ def test_keeping_all_must_keep_the_order(tiny: Any) -> None:
 def test_nan_wins_wherever_it_stands(graphs: Graphs, model: Any) -> None:
     case = measure(model, graphs)[1][0]
     for layer in range(3):
-        spoilt = [c.copy() for c in case.cache]
-        spoilt[2 * layer][0, 0, 0] = np.nan
-        found = cases.distances(graphs, replace(case, cache=spoilt))
+        spoilt = {name: value.copy() for name, value in case.prefill_states.items()}
+        spoilt[f"key_{layer}"][0, 0, 0] = np.nan
+        found = cases.distances(graphs, replace(case, prefill_states=spoilt))
         assert math.isnan(found["prefill", "present_key"]), layer
         assert found["prefill", "present_value"] < 1e-5
     key = ("prefill", "logits")
@@ -266,17 +295,62 @@ def test_reference_of_another_shape_is_refused(graphs: Graphs, model: Any) -> No
         cases.distances(graphs, replace(case, prefill_logits=case.prefill_logits[1:]))
 
 
-def test_golden_case_round_trip(graphs: Graphs, model: Any, tmp_path: Path) -> None:
-    case = measure(model, graphs)[1][0]
+def same(one: Any, other: Any) -> None:
+    """Two cases, field by field; what the reference computed was rounded to float32 once, 6e-8 relative at most."""
+    if isinstance(one, np.ndarray):
+        assert one.shape == other.shape and one.dtype.kind == other.dtype.kind
+        np.testing.assert_allclose(other, one, rtol=6e-8 if one.dtype == np.float64 else 0, atol=0)
+    elif is_dataclass(one):
+        assert type(one) is type(other)
+        for field in fields(one):
+            same(getattr(one, field.name), getattr(other, field.name))
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            same(one[key], other[key])
+    elif isinstance(one, tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            same(a, b)
+    else:
+        assert one == other and type(one) is type(other)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_golden_case_round_trip(number: int, graphs: Graphs, model: Any, tmp_path: Path) -> None:
+    case = measure(model, graphs)[1][number]
+    assert sorted(case.prefill_states) == sorted(f"{kind}_{i}" for kind in ("key", "value") for i in range(3))
     case.save(tmp_path / "5.npz")
-    again = cases.read_case(tmp_path / "5.npz")
-    np.testing.assert_array_equal(again.prompt.input_ids, case.prompt.input_ids)
-    np.testing.assert_array_equal(again.prompt.visual_index, case.prompt.visual_index)
-    np.testing.assert_array_equal(again.tokens, case.tokens)
-    np.testing.assert_array_equal(again.kept, case.kept)
-    # References are float64 rounded to float32 once: half a unit in the last place, below 6e-8 relative.
-    np.testing.assert_allclose(again.decode_logits, case.decode_logits, rtol=6e-8, atol=0)
-    assert (again.prompt.images, again.prompt.per_image, len(again.cache)) == (2, 5, 6)
+    again = cases.read_case(tmp_path / "5.npz", case.prompt.layout)
+    same(case, again)
+    found, before = cases.distances(graphs, again), cases.distances(graphs, case)
+    assert found.keys() == before.keys()
+    for key, far in before.items():
+        # One rounding of a value below 4 to float32 moves a distance by less than 3e-7.
+        assert found[key] == pytest.approx(far, abs=3e-7), key
+    with pytest.raises(AssertionError):  # negative control
+        same(case, replace(again, tokens=again.tokens + 1))
+
+
+def test_golden_case_with_everything(tmp_path: Path) -> None:
+    """DeepStack levels, grids, three rows of positions and a convolution's state, which tiny:llava does not have."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape)
+
+    layout = Layout(image_token_id=3, positions="mrope", merge=2)
+    pictures = [
+        Picture(draw(16, 6).astype(np.float32), {"pixel_values": (16, 6), "image_grid_thw": (1, 4, 4)}),
+        Picture(draw(8, 6).astype(np.float32), {"pixel_values": (8, 6), "image_grid_thw": (1, 2, 4)}),
+    ]
+    prompt = assemble(layout, np.array([[1, 3, 3, 3, 3, 7, 3, 3, 9]]), pictures, [4, 2])
+    prompt = prompt.shrink([np.array([1, 3]), np.array([0])])
+    seen = tuple(Sight(draw(n, 5), np.arange(n), (draw(n, 5), draw(n, 5))) for n in (2, 1))
+    states = {"key_0": draw(2, 6, 4), "value_0": draw(2, 6, 4), "conv_1": draw(5, 3)}
+    case = cases.Case(prompt, seen, draw(11), states, np.array([4, 5]), draw(2, 11), dict(states))
+    case.save(tmp_path / "x.npz")
+    same(case, cases.read_case(tmp_path / "x.npz", layout))
 
 
 def test_empty_verdict_is_not_ok() -> None:

@@ -1,0 +1,66 @@
+"""Qwen2-VL (arXiv:2409.12191), Qwen2.5-VL (arXiv:2502.13923), Qwen3-VL (arXiv:2511.21631): pictures of any size.
+
+Patches come in groups that become one token, so that members are consecutive rows; positions have three axes. Segments
+of unequal length attend each to itself: transformers' exporter would fold them into a batch and be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.vision_utils import get_vision_window_index
+
+from ...manifest import Bucket, Layout, Panel
+from ..structure import find_attention
+from .base import Family, Geometry, image_token_id
+
+
+class Qwen2VL(Family):
+    """Full attention in the tower, 2 x 2 patches a token, M-RoPE."""
+
+    def layout(self, config: Any) -> Layout:
+        return Layout(image_token_id=image_token_id(config), positions="mrope", merge=self._merge(config))
+
+    def members(self, config: Any, geometry: Geometry) -> np.ndarray:
+        unit = self._merge(config) ** 2
+        return np.arange(int(np.prod(geometry["image_grid_thw"]))).reshape(-1, unit)
+
+    def panels(self, config: Any, bucket: Bucket) -> tuple[Panel, ...]:
+        _, height, width = bucket.geometry["image_grid_thw"]
+        return (Panel(rows=height // self._merge(config), columns=width // self._merge(config)),)
+
+    def segments(self, config: Any, geometry: Geometry) -> tuple[int, ...]:
+        return (int(np.prod(geometry["image_grid_thw"])),)
+
+    @staticmethod
+    def _merge(config: Any) -> int:
+        return config.vision_config.spatial_merge_size
+
+
+class Qwen25VL(Qwen2VL):
+    """Windows in most tower blocks; the blocks that see everything are named by number."""
+
+    fixed_tower = "`fullatt_block_indexes` names blocks by number"
+
+    def scored_attention(self, model: Any) -> Any:
+        """Of the last block that sees the whole picture."""
+        full = max(i for i in model.config.vision_config.fullatt_block_indexes)
+        return find_attention(self.locate(model).tower_layers[full])
+
+    def members(self, config: Any, geometry: Geometry) -> np.ndarray:
+        """Inside the tower groups of patches stand in the order of windows."""
+        vision = config.vision_config
+        grid = torch.tensor(geometry["image_grid_thw"])[None]
+        index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        return super().members(config, geometry)[np.argsort(index.numpy())]
+
+
+class Qwen3VL(Qwen2VL):
+    """DeepStack: features of some tower blocks are added behind the first language layers."""
+
+    fixed_tower = "`deepstack_visual_indexes` names blocks by number"
+
+    def levels(self, config: Any) -> int:
+        return len(config.vision_config.deepstack_visual_indexes)
