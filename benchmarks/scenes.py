@@ -1,9 +1,11 @@
-"""The README's two tables about the example model, on its held-out questions.
+"""The README's tables about the example models, on their held-out questions.
 
     python benchmarks/scenes.py exactness    # bundles against their eager models, 50 questions
     python benchmarks/scenes.py quality      # methods at 75 % removed, 500 questions
 
-`exactness` converts examples/scenes into bundles (kept with --work), asks 50 held-out questions, and compares every
+`--example scenes-smol` takes the second one, which has no [CLS].
+
+`exactness` converts the example into bundles (kept with --work), asks 50 held-out questions, and compares every
 logit and every greedy token with the eager model that has the same cuts. `quality` needs no bundle: exactness says that
 a bundle answers as its eager model does.
 """
@@ -28,7 +30,7 @@ from vlmcut.surgery.load import describe
 from vlmcut.surgery.talk import Talk, see_all
 from vlmcut.validation import quality
 
-MODEL = Path(__file__).parent.parent / "examples" / "scenes"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 BUNDLES: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantize": "int8"},
@@ -38,19 +40,19 @@ BUNDLES: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 
 
-def exactness(work: Path, count: int) -> None:
+def exactness(folder: Path, work: Path, count: int) -> None:
     """Print worst logit error, equal tokens and equal answers of each bundle against its eager model."""
     print("| bundle | worst logit error | greedy tokens equal | questions with equal tokens | near ties |")
     print("|---|---|---|---|---|")
     for name, options in BUNDLES.items():
         out = work / name.replace(", ", "-").replace(" ", "-")
         if not out.exists():
-            convert(Request(model=str(MODEL), prune=0.75, questions=0, **options), out)
+            convert(Request(model=str(folder), prune=0.75, questions=0, **options), out)
         bundle = Bundle(out)
-        loaded = cut_folder.load(MODEL)
+        loaded = cut_folder.load(folder)
         recipes.from_tables(bundle.manifest.recipe).apply(loaded.model, None)
         model = loaded.model.to(getattr(torch, bundle.manifest.dtype))
-        questions = quality.read_set(loaded, MODEL / "heldout")
+        questions = quality.read_set(loaded, folder / "heldout")
         sample = random.Random(0).sample(questions, count)
         found = [_compare(model, bundle, q.prompt) for q in sample]
         tokens, equal = sum(f["tokens"] for f in found), sum(f["equal"] for f in found)
@@ -84,7 +86,7 @@ def _compare(model: Any, bundle: Bundle, whole: Prompt) -> dict[str, Any]:
     return result
 
 
-def table(prune: float, count: int) -> None:
+def table(folder: Path, prune: float, count: int) -> None:
     """Print accuracy of every method at one ratio beside the original; random is the mean and spread over seeds."""
     print("| method | tokens kept | right | agrees with the original |")
     print("|---|---|---|---|")
@@ -92,11 +94,11 @@ def table(prune: float, count: int) -> None:
     for method in ("original", *METHODS):
         rows = []
         for seed in SEEDS if method == "random" else SEEDS[:1]:
-            loaded = cut_folder.load(MODEL)
+            loaded = cut_folder.load(folder)
             a = describe(loaded.model)
             if method != "original":
                 recipes.from_flags(a, prune=prune, method=method, seed=seed).apply(loaded.model, None)
-            questions = [q for q in quality.read_set(loaded, MODEL / "heldout") if q.kind != "description"][:count]
+            questions = [q for q in quality.read_set(loaded, folder / "heldout") if q.kind != "description"][:count]
             answers = quality.eager_answers(loaded, questions)
             original = original or answers
             agree = sum(x == y for x, y in zip(answers, original, strict=True)) / len(answers)
@@ -114,12 +116,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the bundles of `exactness`; a temporary one if not given")
     parser.add_argument("--questions", type=int, help="50 for exactness, 500 for quality")
     parser.add_argument("--prune", type=float, default=0.75)
+    parser.add_argument("--example", default="scenes", choices=("scenes", "scenes-smol"))
     options = parser.parse_args()
+    folder = EXAMPLES / options.example
     if options.what == "quality":
-        table(options.prune, options.questions or 500)
+        table(folder, options.prune, options.questions or 500)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        exactness(options.work or Path(temporary), options.questions or 50)
+        exactness(folder, options.work or Path(temporary), options.questions or 50)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class Family:
     tower_mask = True  # whether a mask that the tower makes for one image says anything
     fixed_tower: str | None = None  # why tower layers cannot be dropped: the config names some by number
     also: frozenset[str] = frozenset()  # fields that the config's class sets without declaring them
-    refused: Mapping[str, tuple[Any, str]] = {}  # config field -> (the one value that works, why)
+    refused: ClassVar[Mapping[str, tuple[Any, str]]] = {}  # config field -> (the one value that works, why)
 
     def locate(self, model: Any) -> Parts:
         """The live modules, cut or not."""

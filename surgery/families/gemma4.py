@@ -5,6 +5,7 @@ Small models are causal everywhere. In larger ones an image sees itself, in slid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,9 @@ from .base import Family
 class Gemma4(Family):
     """Which patches are padding follows from the geometry; a graph holds it as constants."""
 
-    refused: ClassVar = {"text_config.num_kv_shared_layers": (0, "layers share the keys and values of others")}
+    refused: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "text_config.num_kv_shared_layers": (0, "layers share the keys and values of others")
+    }
 
     def beside(self, model: Any, ids: Tensor, visual: Tensor) -> dict[str, Any]:
         text = model.config.get_text_config()
