@@ -80,7 +80,7 @@ def _simplify(model: ir.Model) -> None:
         if node.op_type == "Expand" and node.inputs[0] is not None and node.inputs[0].is_initializer():
             return False
         # A table of positions that is resized to the picture's grid would be stored resized.
-        if node.op_type == "Resize":
+        if node.op_type == "Resize" or (node.op_type == "MatMul" and all(_constant(x) for x in node.inputs)):
             return False
         # A norm of learned queries would be stored normed (its square is where that begins).
         if node.op_type == "Pow" and node.inputs[0] is not None and len(node.inputs[0].shape or ()) > 1:
@@ -94,6 +94,10 @@ def _simplify(model: ir.Model) -> None:
     optimizer.optimize_ir(model, should_fold=fold)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
+
+
+def _constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
 
 
 def _name(model: ir.Model, inputs: list[str], outputs: tuple[str, ...]) -> None:

@@ -34,8 +34,8 @@ METHODS: dict[str, Method] = {
         choose=select.topk_select,
         regret=select.topk_regret,
         attention=True,
-        without_cls="this tower has no [CLS] token: the mean attention received from all tokens takes its place, which did "
-        "worse than random on examples/scenes-smol; compare `divprune`",
+        without_cls="this tower has no [CLS] token: the mean attention received from all tokens takes its place, "
+        "which did worse than random on examples/scenes-smol; compare `divprune`",
     ),
     "divprune": Method(
         summary="the most diverse tokens, by greedy max-min cosine distance after the projector",

@@ -5,13 +5,15 @@ The processor pads the patches of each tile to one number; a graph of one geomet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...manifest import Bucket, Panel
 from .base import Encoded, Family, Geometry, grid_members
@@ -27,16 +29,27 @@ class Lfm2VL(Family):
             count = len(list(alike))
             pixels = pixel_values[start : start + count, : height * width]
             shapes = np.array([[height, width]] * count)
-            out = parts.tower(
-                pixel_values=pixels, spatial_shapes=shapes, pixel_attention_mask=None, return_dict=True
-            ).last_hidden_state
+            with _placed(parts.tower.embeddings, constants[f"resize_{height}x{width}"]):
+                out = parts.tower(
+                    pixel_values=pixels, spatial_shapes=shapes, pixel_attention_mask=None, return_dict=True
+                ).last_hidden_state
             assert parts.projector is not None
             found.append(parts.projector(out.reshape(count, height, width, -1)).flatten(0, 2))
             start += count
         return Encoded(torch.cat(found))
 
     def constants(self, model: Any, geometry: Geometry) -> dict[str, Any]:
-        return {}
+        """The tower's table of positions is resized to a tile's grid by a constant matrix.
+
+        TensorRT has no antialiased Resize.
+        """
+        side = self.locate(model).tower.embeddings.position_embedding_size
+        one = torch.eye(side * side).reshape(1, side * side, side, side)  # a channel for each entry of the table
+        options = {"mode": "bilinear", "align_corners": False, "antialias": True}
+        return {
+            f"resize_{height}x{width}": functional.interpolate(one, size=(height, width), **options)[0].flatten(1).T
+            for height, width in dict.fromkeys(_shapes(geometry))
+        }
 
     def members(self, config: Any, geometry: Geometry) -> np.ndarray:
         found, start = [], 0
@@ -58,6 +71,20 @@ class Lfm2VL(Family):
             Panel(rows=height // factor, columns=width // factor, box=box)
             for (height, width), box in zip(shapes, boxes, strict=True)
         )
+
+
+@contextmanager
+def _placed(embeddings: Any, resize: Tensor) -> Iterator[None]:
+    """While inside, the table of positions is resized by this matrix, [patches, entries]."""
+
+    def resized(table: Tensor, shapes: Any, max_length: int) -> Tensor:
+        return (resize.to(table.dtype) @ table.flatten(0, 1)).expand(len(shapes), -1, -1)
+
+    embeddings.resize_positional_embeddings = resized
+    try:
+        yield
+    finally:
+        del embeddings.resize_positional_embeddings
 
 
 def _shapes(geometry: Geometry) -> list[tuple[int, int]]:
