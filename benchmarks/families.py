@@ -210,30 +210,34 @@ def prove(kind: str, *, rtx: bool = True) -> Proof:
     )
 
 
-def table(proofs: list[Proof], day: str) -> str:
-    """The proofs as Markdown."""
-    lines = [
-        "| family | visual tokens of two images | method | transformers' `generate` | ONNX: worst logit error | "
-        "ONNX: tokens | RTX engines | torch-free run | date |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for p in proofs:
-        lines.append(
-            f"| {p.kind} | {p.tokens} | {p.method} | {p.eager} | {p.logits:.1e} | {p.onnx} | {p.rtx} | {p.run} "
-            f"| {day} |"
-        )
-    return "\n".join(lines)
+_HEAD = (
+    "| family | visual tokens of two images | method | transformers' `generate` | ONNX: worst logit error | "
+    "ONNX: tokens | RTX engines | torch-free run | date |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def rows(proofs: list[Proof], day: str) -> dict[str, str]:
+    """A Markdown row for each proof, by kind."""
+    return {
+        p.kind: f"| {p.kind} | {p.tokens} | {p.method} | {p.eager} | {p.logits:.1e} | {p.onnx} | {p.rtx} | {p.run} "
+        f"| {day} |"
+        for p in proofs
+    }
 
 
 _PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 _MARKS = ("<!-- made by benchmarks/families.py -->", "<!-- end -->")
 
 
-def write(text: str) -> None:
-    """Put the table between its marks in docs/families.md."""
+def write(made: dict[str, str]) -> None:
+    """Put rows between the marks of docs/families.md; rows of kinds that were not proven now stay, with their dates."""
     page = _PAGE.read_text()
     head, rest = page.split(_MARKS[0])
-    _PAGE.write_text(f"{head}{_MARKS[0]}\n{text}\n{_MARKS[1]}{rest.split(_MARKS[1])[1]}")
+    old, tail = rest.split(_MARKS[1])
+    kept = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
+    lines = [row for kind in SIZES if (row := (kept | made).get(kind))]
+    text = "\n".join([_HEAD, *lines])
+    _PAGE.write_text(f"{head}{_MARKS[0]}\n{text}\n{_MARKS[1]}{tail}")
 
 
 @contextlib.contextmanager
@@ -245,17 +249,17 @@ def _quiet() -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(SIZES))
-    parser.add_argument("--write", action="store_true", help="write docs/families.md")
+    parser.add_argument("--write", action="store_true", help="write the rows into docs/families.md")
     options = parser.parse_args()
-    proofs = []
+    made: dict[str, str] = {}
     with _quiet():
         for kind in options.kinds:
-            proofs.append(prove(kind))
-            print(proofs[-1], file=sys.stderr, flush=True)
-    text = table(proofs, datetime.date.today().isoformat())
-    print(text)
-    if options.write:
-        write(text)
+            proof = prove(kind)
+            print(proof, file=sys.stderr, flush=True)
+            made |= rows([proof], datetime.date.today().isoformat())
+            if options.write:
+                write(made)
+    print("\n".join([_HEAD, *made.values()]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.onnx import ops
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -288,6 +289,14 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
         out = operators.cached(q, k, v, scale, module.layer_idx, step, window)
         return (out if step.valid is None else out * step.valid.unsqueeze(-1)), None
 
+    def dot_product(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *_: Any, **given: Any) -> Tensor:
+        """In the place of torch's own, which towers of timm call without transformers' table."""
+        if given.get("is_causal") or q.dim() != 4:
+            return original_product(q, k, v, attn_mask, **given)
+        scale = given.get("scale") or q.shape[-1] ** -0.5
+        return operators.tower(q, k, v, scale, _boolean(attn_mask)).transpose(1, 2)
+
+    original_product = functional.scaled_dot_product_attention
     configs = [parts.language.config, *([parts.tower.config] if hasattr(parts.tower, "config") else [])]
     before = [c._attn_implementation for c in configs]
     norms: list[tuple[Any, float]] = [(m, c) for m in parts.language.modules() if (c := offset(m)) is not None]
@@ -303,6 +312,7 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
             config._attn_implementation_internal = _NAME
         if plain:
             modeling.apply_rotary_pos_emb = rotary
+        functional.scaled_dot_product_attention = dot_product
         for norm, c in norms:
             norm.forward = lambda x, n=norm, c=c: rms_norm(x, c + n.weight if c else n.weight, epsilon(n))
         for conv in whole:
@@ -313,6 +323,7 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
             config._attn_implementation_internal = name
         if plain:
             modeling.apply_rotary_pos_emb = original_rotary
+        functional.scaled_dot_product_attention = original_product
         for module in (*(norm for norm, _ in norms), *whole):
             del module.forward
         del ALL_ATTENTION_FUNCTIONS[_NAME]
