@@ -48,9 +48,9 @@ def take_layers(layers: nn.ModuleList, keep: Sequence[int]) -> nn.ModuleList:
     """The layers in `keep`, in order, with `layer_idx` renumbered so that each owns the right KV buffer."""
     taken = nn.ModuleList(layers[i] for i in sorted(keep))
     for index, layer in enumerate(taken):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # type: ignore[assignment]
+        numbered: list[Any] = [m for m in layer.modules() if hasattr(m, "layer_idx")]
+        for module in numbered:
+            module.layer_idx = index
     return taken
 
 

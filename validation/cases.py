@@ -56,7 +56,7 @@ class Case:
             arrays |= {f"picture_{i}/geometry/{n}": np.array(v) for n, v in picture.geometry.items()}
             arrays |= {f"picture_{i}/kept": sight.kept, f"picture_{i}/features": sight.features.astype(np.float32)}
             arrays |= {f"picture_{i}/level_{j}": x.astype(np.float32) for j, x in enumerate(sight.levels)}
-        np.savez_compressed(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 def read_case(path: Path, layout: Layout) -> Case:

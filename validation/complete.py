@@ -7,7 +7,7 @@ names. A weight that was changed by one bit on the way is therefore missing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +21,37 @@ from ..surgery.selection import attached
 from ..surgery.talk import Talk, see_all
 
 
-def missing_weights(model: Any, graphs: list[Path], unused: Collection[str] = ()) -> list[str]:
-    """Names of the weights of `model` that no graph reads, but for the `unused` ones."""
+def missing_weights(model: Any, graphs: list[Path]) -> list[str]:
+    """Names of the weights of `model` that no graph reads."""
     present = set(tensor_digests(graphs))
-    named = {name: tensor for name, tensor in state_dict(model).items() if name not in unused}
-    return sorted(name for name, tensor in named.items() if not _digests(tensor) & present)
-
-
-def unused_weights(model: Any) -> set[str]:
-    """Weights whose module never runs when the eager model reads an image and a prompt: dead in the source too."""
-    ran: set[int] = set()
-    hooks = [m.register_forward_hook(lambda module, *_: ran.add(id(module))) for m in model.modules()]
-    try:
-        _read(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # A weight belongs to a module that ran, or to one whose parent reads it: some call `F.linear(x, child.weight)`.
-    owners = {name: module for name, module in model.named_modules()}
-    idle = set()
-    for name in state_dict(model):
-        owner = name.rpartition(".")[0]
-        family = [owner, owner.rpartition(".")[0]]
-        leaf = not list(owners[owner].children())
-        if not any(id(owners[o]) in ran for o in (family if leaf else family[:1])):
-            idle.add(name)
-    return idle
+    return sorted(name for name, tensor in state_dict(model).items() if not _digests(tensor) & present)
 
 
 def unread_weights(model: Any, names: Collection[str]) -> set[str]:
-    """Those of `names` that no output depends on although their module runs, such as a final norm behind the features.
+    """Those of `names` that no output depends on: a tower for sound, a final norm behind the features.
 
     Not by looking, but by poison: with NaN in their place, features and logits stay the same bit for bit.
     """
-    tensors = {name: t for name, t in model.state_dict().items() if name in names and t.is_floating_point()}
-    want, found = _read(model), set()
-    for name, tensor in tensors.items():
-        before = tensor.clone()
-        try:
-            tensor.fill_(torch.nan)
-            have = _read(model)
-        finally:
-            tensor.copy_(before)
-        if all(torch.equal(x, y) for x, y in zip(have, want, strict=True)):
-            found.add(name)
-    return found
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    if not tensors:
+        return set()
+    want = _read(model)
+    if _harmless(model, list(tensors.values()), want):  # the rule; one by one only to name those that are read
+        return set(tensors)
+    return {name for name, tensor in tensors.items() if _harmless(model, [tensor], want)}
+
+
+def _harmless(model: Any, tensors: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> bool:
+    """Whether the model reads a prompt to the same bits with all of these poisoned."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+        have = _read(model)
+    finally:
+        for tensor, values in zip(tensors, before, strict=True):
+            tensor.copy_(values)
+    return all(torch.equal(x, y) for x, y in zip(have, want, strict=True))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def prove(model: Any, a: Anatomy, manifest: Manifest, folder: Path, *, seed: int
     """Judge every graph of every budget and every weight; record golden tensors. Raises ParityError."""
     graph_files = [folder / g.file for g in manifest.graphs.values()]
     progress("checking that every weight is there")
-    missing = complete.missing_weights(model, graph_files, complete.unused_weights(model))
+    missing = complete.missing_weights(model, graph_files)
     dead = complete.unread_weights(model, missing)
     if missing := [name for name in missing if name not in dead]:
         raise ParityError(

@@ -82,8 +82,7 @@ class Family:
     def constants(self, model: Any, geometry: Geometry) -> dict[str, Any]:
         """What `encode` needs beside pixels and depends on the geometry alone; made before a trace, never in it.
 
-        A NumPy array stands where transformers asks for Python numbers of a tensor (`.tolist()`): a trace cannot know
-        them of a tensor.
+        A known tensor (`surgery/known.py`) stands where transformers asks for Python numbers of one (`.tolist()`).
         """
         parts = self.locate(model)
         accepted = inspect.signature(parts.base.get_image_features).parameters
@@ -268,12 +267,6 @@ class Family:
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
         )
 
-    def windows(self, config: Any) -> tuple[int | None, ...]:
-        """Sliding window of each language layer in tokens, None for full attention."""
-        text = config.get_text_config()
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        return tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds)
-
 
 def image_token_id(config: Any) -> int:
     """The id that stands for an image in a prompt."""
@@ -349,8 +342,3 @@ def _rope_types(text: Any) -> set[str]:
 def _patch_size(vision: Any) -> int:
     size = getattr(vision, "patch_size", 0) or 0
     return size[0] if isinstance(size, (list, tuple)) else size
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a part still computes in float; int8 linears are not `nn.Linear`."""
-    return isinstance(module, nn.Linear)

@@ -12,31 +12,24 @@ import numpy as np
 import torch
 from transformers.vision_utils import get_vision_window_index
 
-from ...manifest import Bucket, Layout, Panel
+from ...manifest import Bucket, Panel
 from ..structure import find_attention
-from .base import Family, Geometry, image_token_id
+from .base import Family, Geometry, spatial_merge
 
 
 class Qwen2VL(Family):
     """Full attention in the tower, 2 x 2 patches a token, M-RoPE."""
 
-    def layout(self, config: Any) -> Layout:
-        return Layout(image_token_id=image_token_id(config), positions="mrope", merge=self._merge(config))
-
     def members(self, config: Any, geometry: Geometry) -> np.ndarray:
-        unit = self._merge(config) ** 2
+        unit = spatial_merge(config) ** 2
         return np.arange(int(np.prod(geometry["image_grid_thw"]))).reshape(-1, unit)
 
     def panels(self, config: Any, bucket: Bucket) -> tuple[Panel, ...]:
         _, height, width = bucket.geometry["image_grid_thw"]
-        return (Panel(rows=height // self._merge(config), columns=width // self._merge(config)),)
+        return (Panel(rows=height // spatial_merge(config), columns=width // spatial_merge(config)),)
 
     def segments(self, config: Any, geometry: Geometry) -> tuple[int, ...]:
         return (int(np.prod(geometry["image_grid_thw"])),)
-
-    @staticmethod
-    def _merge(config: Any) -> int:
-        return config.vision_config.spatial_merge_size
 
 
 class Qwen25VL(Qwen2VL):
@@ -46,7 +39,7 @@ class Qwen25VL(Qwen2VL):
 
     def scored_attention(self, model: Any) -> Any:
         """Of the last block that sees the whole picture."""
-        full = max(i for i in model.config.vision_config.fullatt_block_indexes)
+        full = max(model.config.vision_config.fullatt_block_indexes)
         return find_attention(self.locate(model).tower_layers[full])
 
     def members(self, config: Any, geometry: Geometry) -> np.ndarray:
@@ -61,6 +54,3 @@ class Qwen3VL(Qwen2VL):
     """DeepStack: features of some tower blocks are added behind the first language layers."""
 
     fixed_tower = "`deepstack_visual_indexes` names blocks by number"
-
-    def levels(self, config: Any) -> int:
-        return len(config.vision_config.deepstack_visual_indexes)
