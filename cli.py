@@ -41,6 +41,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 ImageSize = Annotated[
     str | None, typer.Option("--image-size", help="Pixels HxW of the images to take; several: 336x672,672x336.")
 ]
+Frames = Annotated[int, typer.Option("--frames", help="Images in a row that are one clip with one budget.")]
 Images = Annotated[int, typer.Option("--images", help="Most images in one prompt.")]
 TextTokens = Annotated[int, typer.Option("--text-tokens", help="Room for text in a prompt.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", help="Most tokens of an answer.")]
@@ -65,6 +66,7 @@ def convert(
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
     image_size: ImageSize = None,
+    frames: Frames = 1,
     images: Images = 1,
     text_tokens: TextTokens = 128,
     new_tokens: NewTokens = 128,
@@ -84,7 +86,7 @@ def convert(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
         target=target,
         dtype=dtype,
         images=images,
@@ -136,6 +138,7 @@ def inspect(
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
+    frames: Frames = 1,
     images: Images = 1,
     text_tokens: TextTokens = 128,
     new_tokens: NewTokens = 128,
@@ -161,7 +164,7 @@ def inspect(
     if eager:
         raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -188,6 +191,7 @@ def cut(
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
+    frames: Frames = 1,
     calibration: Calibration = None,
     seed: Seed = 0,
     revision: Revision = None,
@@ -197,7 +201,7 @@ def cut(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size),
+        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
         calibration=calibration,
         seed=seed,
         revision=revision,
@@ -241,6 +245,11 @@ def run(
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image; several are allowed.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="At most the budget's.")] = None,
     keep: OneKeep = None,
+    adaptive: Annotated[bool, typer.Option("--adaptive", help="Smallest budget first, larger where unsure.")] = False,
+    confidence: Annotated[float | None, typer.Option("--confidence", help="Of --adaptive, 0..1.")] = None,
+    frames_of: Annotated[Path | None, typer.Option("--frames-of", help="Folder of a video's frames.")] = None,
+    similarity: Annotated[Path | None, typer.Option("--similarity", help="How each frame fits the question.")] = None,
+    key_frames: Annotated[int | None, typer.Option("--key-frames", help="Most frames shown of --frames-of.")] = None,
     provider: Provider = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
     fit: Fit = False,
@@ -248,9 +257,30 @@ def run(
     """Answer a question about pictures, streaming; needs no torch."""
     from vlmcut.runtime.bundle import Bundle
 
+    images = image or []
+    if (frames_of, similarity, key_frames) != (None, None, None):
+        if frames_of is None or similarity is None or key_frames is None or image:
+            raise typer.BadParameter("--frames-of, --similarity and --key-frames go together, without --image")
+        from vlmcut.runtime.key_clips import key_frames as choose
+
+        images = choose(frames_of, similarity, key_frames)
+        print(f"frames: {', '.join(path.name for path in images)}", file=sys.stderr)
+    if adaptive:
+        if keep is not None:
+            raise typer.BadParameter("--adaptive chooses the budget: give no --keep")
+        from vlmcut.runtime import adaptive as policy
+
+        needed = policy.CONFIDENCE if confidence is None else confidence
+        chooser = policy.Adaptive(bundle, confidence=needed, provider=provider, threads=threads)
+        answer = chooser.generate(images, prompt, max_new_tokens, fit=fit)
+        print(policy.account(answer, needed), file=sys.stderr)
+        print(answer.text)
+        return
+    if confidence is not None:
+        raise typer.BadParameter("--confidence goes with --adaptive")
     model = Bundle(bundle, keep=keep, provider=provider, threads=threads)
     started = False
-    for piece in model.stream(image or [], prompt, max_new_tokens, fit=fit):
+    for piece in model.stream(images, prompt, max_new_tokens, fit=fit):
         print(piece if started else piece.lstrip(), end="", flush=True)
         started = True
     print()
@@ -288,23 +318,97 @@ def bench(
 
 @app.command()
 def overlay(
-    bundle: BundlePath,
+    source: Annotated[str, typer.Argument(help="A bundle; or with --method a model: folder, hub id or tiny:llava.")],
     image: Annotated[Path, typer.Option("--image", "-i", help="An image.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; an existing one is refused.")],
-    keep: OneKeep = None,
+    method: Annotated[str | None, typer.Option("--method", help="Of a model; several side by side: a,b,c.")] = None,
+    prune: Annotated[float | None, typer.Option("--prune", help="Of a model: fraction of tokens removed.")] = None,
+    keep: Annotated[int | None, typer.Option("--keep", help="Visual tokens kept; of a bundle, which budget.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="For methods that depend on the question.")] = "",
     fit: Fit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Draw the tokens that reach the language model on the picture."""
+    """Draw the tokens that reach the language model on the picture: of a bundle, or of several methods on a model."""
     from vlmcut.exporters.staging import refuse_existing, staged_file
-    from vlmcut.runtime.bundle import Bundle
-    from vlmcut.runtime.overlay import overlay as draw
 
     refuse_existing(out)
-    model = Bundle(bundle, keep=keep)
-    drawing, kept, tokens = draw(model, image, fit=fit)
+    if method is None:
+        if prune is not None:
+            raise typer.BadParameter("--prune goes with --method; a bundle has made its choice")
+        from vlmcut.runtime.bundle import Bundle
+        from vlmcut.runtime.overlay import overlay as draw
+
+        drawing, kept, tokens = draw(Bundle(Path(source), keep=keep), image, question=prompt, fit=fit)
+        lines = [f"{out}: {len(kept)} of {tokens} tokens kept"]
+    else:
+        if (prune is None) == (keep is None):
+            raise typer.BadParameter("--method needs one of --prune and --keep")
+        from vlmcut import pipeline as api
+        from vlmcut.prompt import open_image
+        from vlmcut.validation.gallery import gallery
+
+        opened = open_image(image)
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        size = (opened.height, opened.width)  # the model is looked at for this very picture, so that none is too large
+        asked = api.Request(
+            model=source, image_size=(size,), method="uniform", prune=prune, keep=() if keep is None else (keep,),
+            text_tokens=8, new_tokens=2, **hub,
+        )  # fmt: skip
+        planned = api.plan(asked)
+        drawing, found = gallery(
+            source, planned.before, opened, method.split(","), planned.keeps[0], question=prompt, **hub
+        )
+        lines = [f"{out}: {one.method}: {len(one.positions)} of {one.tokens} tokens kept" for one in found]
     with staged_file(out) as path:
         drawing.save(path, format="PNG")
-    print(f"{out}: {len(kept)} of {tokens} tokens kept")
+    print("\n".join(lines))
+
+
+@app.command()
+def sweep(
+    model: Model,
+    out: Out,
+    methods: Annotated[str | None, typer.Option("--methods", help="a,b:option=2,c; all that apply otherwise.")] = None,
+    prune: Annotated[str | None, typer.Option("--prune", help="Fractions removed; 0.5,0.75,0.9 if not given.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image instead: 36,72.")] = None,
+    quality: Annotated[
+        Path | None, typer.Option("--quality", help="Images and questions.jsonl; MODEL/heldout if not given.")
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="How many of them, at most.")] = 500,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of the methods that draw.")] = 3,
+    no_timing: Annotated[bool, typer.Option("--no-timing", help="Answers only; no graph is made.")] = False,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
+    image_size: ImageSize = None,
+    as_json: AsJson = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Try methods of choosing tokens at several budgets: answers, speed, and which of them beat a random choice."""
+    from vlmcut import pipeline as api
+    from vlmcut.exporters.staging import staged
+    from vlmcut.validation.sweep import Asked, run
+    from vlmcut.validation.sweep_plan import design
+    from vlmcut.validation.sweep_report import table, to_json, write
+
+    sizes = _cuts(model, None, None, "uniform", None, None, "none", None, image_size, 1)["image_size"]
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with staged(out) as folder:
+        asked = Asked(
+            model=model, quality=quality, questions=questions, seeds=seeds, timing=not no_timing, threads=threads,
+            sizes=sizes, **hub,
+        )  # fmt: skip
+        asked.folder  # noqa: B018  refused before a model is read
+        planned = api.plan(api.Request(model=model, image_size=sizes, text_tokens=8, new_tokens=2, **hub))
+        plan = design(
+            planned.before,
+            () if methods is None else methods.split(","),
+            prune=() if prune is None else _numbers("--prune", prune.split(","), float),
+            keep=() if keep is None else _numbers("--keep", keep.split(","), int),
+        )
+        found = run(asked, plan, _progress)
+        write(found, folder)
+    print(json.dumps(to_json(found), indent=1) if as_json else f"{table(found)}\n{out}")
 
 
 @app.command()
@@ -354,7 +458,16 @@ def passes(as_json: AsJson = False) -> None:
                 n: {"summary": p.summary, "source": p.source, "keys": [f.name for f in dataclasses.fields(p)]}
                 for n, p in PASSES.items()
             },
-            "methods": {n: {"summary": m.summary, "source": m.source} for n, m in METHODS.items()},
+            "methods": {
+                n: {
+                    "title": m.title,
+                    "summary": m.summary,
+                    "source": m.source,
+                    "stage": m.stage,
+                    "options": dict(m.options),
+                }
+                for n, m in METHODS.items()
+            },
         }
         print(json.dumps(data, indent=1))
         return
@@ -364,7 +477,13 @@ def passes(as_json: AsJson = False) -> None:
         print(f"  {name:<13} {kind.summary}\n                keys: {keys}; {kind.source}")
     print("methods of prune-tokens")
     for name, row in METHODS.items():
-        print(f"  {name:<13} {row.summary}; {row.source}")
+        options = ":".join(f"{key}={_option(value)}" for key, value in row.options.items())
+        print(f"  {name:<16} {row.summary}\n{'':19}{row.stage}; {row.source}{'; options ' * bool(options)}{options}")
+
+
+def _option(value: Any) -> str:
+    """As it is written behind `--method name:`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _survey(eager: bool, as_json: bool) -> None:
@@ -394,6 +513,7 @@ def _cuts(
     quantize: str,
     recipe: Path | None,
     image_size: str | None,
+    frames: int,
 ) -> dict[str, Any]:
     return {
         "model": model,
@@ -404,6 +524,7 @@ def _cuts(
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
         "quantize": quantize,
         "recipe": recipe,
+        "frames": frames,
         "image_size": () if image_size is None else tuple(_size(text) for text in image_size.split(",")),
     }
 

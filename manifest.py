@@ -1,6 +1,6 @@
 """`manifest.json`: what a bundle holds, as plain dataclasses shared by the writer and the torch-free runner.
 
-Schema 2. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
+Schema 3. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import BundleError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 
 
@@ -43,6 +43,7 @@ class Bucket:
     geometry: dict[str, tuple[int, ...]]  # what the processor makes of it: shape of pixel_values, image_sizes, grids
     tokens: int  # visual tokens before pruning; placeholders that the processor writes
     panels: tuple[Panel, ...] = ()  # where its tokens lie in the picture, in order; empty if nobody knows
+    frames: int = 1  # images that are seen together as a clip; tokens and panels count through them
 
     @property
     def line_breaks(self) -> tuple[int, ...]:
@@ -58,6 +59,12 @@ class Bucket:
     def name(self) -> str:
         return f"{self.size[0]}x{self.size[1]}"
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of what the vision graph takes: of one image, or [frames, …] of a clip."""
+        one = self.geometry["pixel_values"]
+        return one if self.frames == 1 else (self.frames, *one)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -67,6 +74,7 @@ class Layout:
     positions: str = "compact"  # compact: 0, 1, 2, … after the cut; mrope: rows t, h, w of the full prompt, gathered
     first_position: int = 0
     merge: int = 1  # patches along one side of a visual token; what M-RoPE grids are divided by
+    frames: int = 1  # so many images in a row are a clip: seen together, with one budget
 
     @property
     def axes(self) -> int:
@@ -81,8 +89,8 @@ class TokenBudget:
     A prompt may use fewer images and less text than its budget; it is padded to `sequence`, never truncated.
     """
 
-    images: int  # most images in one prompt
-    visual_tokens: int  # tokens that one image keeps, at most (in the largest bucket)
+    images: int  # most images, or clips of frames, in one prompt
+    visual_tokens: int  # tokens that one of them keeps, at most (in the largest bucket)
     text_tokens: int  # room for everything that is not an image
     new_tokens: int  # most tokens generated after the prompt
 
@@ -211,7 +219,10 @@ def _bucket(data: Mapping[str, Any]) -> Bucket:
     geometry = {name: tuple(int(n) for n in numbers) for name, numbers in data["geometry"].items()}
     height, width = data["size"]
     panels = tuple(Panel(**{**panel, "box": tuple(panel["box"])}) for panel in data["panels"])
-    return Bucket(size=(int(height), int(width)), geometry=geometry, tokens=int(data["tokens"]), panels=panels)
+    return Bucket(
+        size=(int(height), int(width)), geometry=geometry, tokens=int(data["tokens"]), panels=panels,
+        frames=int(data["frames"]),
+    )  # fmt: skip
 
 
 def _graph(data: Mapping[str, Any]) -> GraphInfo:

@@ -60,7 +60,8 @@ class Request:
     target: str = "onnx"
     dtype: str = "float32"
     image_size: tuple[tuple[int, int], ...] = ()  # pixels, height and width; a bucket each, the family's own for none
-    images: int = 1
+    frames: int = 1  # images that are seen together as a clip and share a budget
+    images: int = 1  # or clips
     text_tokens: int = 128
     new_tokens: int = 128
     calibration: Path | None = None
@@ -94,7 +95,7 @@ def plan(request: Request) -> Plan:
         raise ExportError(f"no target `{request.target}`", hint=nearest(request.target, TARGETS))
     if request.dtype not in DTYPES:
         raise ExportError(f"no dtype `{request.dtype}`", hint=nearest(request.dtype, DTYPES))
-    for name, least in (("images", 1), ("text_tokens", 8), ("new_tokens", 2)):
+    for name, least in (("frames", 1), ("images", 1), ("text_tokens", 8), ("new_tokens", 2)):
         if getattr(request, name) < least:
             flag = "--" + name.replace("_", "-")
             raise ExportError(f"{flag} {getattr(request, name)} is too small", hint=f"choose {least} or more")
@@ -136,7 +137,11 @@ def _schemes(recipe: Recipe) -> list[str]:
 
 def _load(request: Request) -> Loaded:
     return cut_folder.load(
-        request.model, sizes=request.image_size, revision=request.revision, trust_remote_code=request.trust_remote_code
+        request.model,
+        sizes=request.image_size,
+        frames=request.frames,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
     )
 
 
@@ -153,7 +158,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
         return describe(loaded.model), loaded.recipe
     options = {"revision": request.revision, "trust_remote_code": request.trust_remote_code}
     config = load_config(request.model, **options)
-    buckets = make_buckets(config, load_processor(request.model, **options), request.image_size)
+    buckets = make_buckets(config, load_processor(request.model, **options), request.image_size, request.frames)
     with torch.device("meta"):
         bare = skeleton(config)
     return describe(attach(bare, buckets)), []
@@ -369,7 +374,8 @@ def _beside(model: str, name: str) -> Path | None:
 def _questions(request: Request) -> Path | None:
     if request.questions == 0:
         return None
-    folder = request.quality or _beside(request.model, "heldout")
+    beside = _beside(request.model, "heldout") if request.frames == 1 else None  # its questions have one image each
+    folder = request.quality or beside
     if request.quality is not None and not (request.quality / "questions.jsonl").is_file():
         raise VlmcutError(f"`{request.quality}` has no questions.jsonl", hint="see docs/bundle.md for its format")
     return folder

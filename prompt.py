@@ -8,7 +8,7 @@ several images work, and markers between the tiles of an image stay where they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ def open_image(path: str | Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as its family's processor makes it."""
+    """One image as its family's processor makes it, or a clip of several."""
 
-    pixel_values: np.ndarray  # float32, of the shape that the processor gives for one image
-    geometry: dict[str, tuple[int, ...]]  # that shape and every size or grid the processor gives beside it
+    pixel_values: np.ndarray  # float32, of the shape that the processor gives for one image; [frames, …] of a clip
+    geometry: dict[str, tuple[int, ...]]  # that shape and every size or grid the processor gives beside it, of one
+    frames: int = 1  # images of this geometry that are seen together
+    question: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64 [M]: what is asked about it
 
     def bucket(self, buckets: Sequence[Bucket]) -> int:
         """Index of the bucket with this geometry.
@@ -55,7 +57,7 @@ class Picture:
             BundleError: none has it.
         """
         for index, bucket in enumerate(buckets):
-            if bucket.geometry == self.geometry:
+            if bucket.geometry == self.geometry and bucket.frames == self.frames:
                 return index
         have = "; ".join(f"{b.name}: {_geometry(b.geometry)}" for b in buckets)
         raise BundleError(
@@ -150,7 +152,8 @@ def positions(layout: Layout, visual_index: np.ndarray, pictures: Sequence[Pictu
     length = visual_index.shape[1]
     if layout.positions == "compact":
         return np.arange(length)[None] + layout.first_position, length + layout.first_position
-    grids = [(t, h // layout.merge, w // layout.merge) for t, h, w in (p.geometry["image_grid_thw"] for p in pictures)]
+    each = [p.geometry["image_grid_thw"] for p in pictures for _ in range(p.frames)]
+    grids = [(t, h // layout.merge, w // layout.merge) for t, h, w in each]
     starts = np.cumsum([0] + [int(np.prod(grid)) for grid in grids])
     found = np.zeros((3, length), np.int64)
     column = after = 0
@@ -201,7 +204,32 @@ class Prompter:
                 f"{', '.join(str(count) for _, count in seen)}",
                 hint="the processor does not belong to this model",
             )
-        return assemble(self.layout, ids, [p for p, _ in seen], [count for _, count in seen])
+        words = self.processor.tokenizer(text.replace(IMAGE_TAG, " ").strip(), add_special_tokens=False)["input_ids"]
+        question = np.asarray(words, dtype=np.int64)
+        clips = [(replace(p, question=question), count) for p, count in self._clips(seen)]
+        return assemble(self.layout, ids, [p for p, _ in clips], [count for _, count in clips])
+
+    def _clips(self, seen: list[tuple[Picture, int]]) -> list[tuple[Picture, int]]:
+        """Pictures in runs of the layout's frames."""
+        frames = self.layout.frames
+        if frames == 1:
+            return seen
+        if len(seen) % frames:
+            raise BundleError(
+                f"{len(seen)} images, but clips have {frames} frames",
+                hint=f"give {frames} images for each clip, or convert again with another --frames",
+            )
+        found = []
+        for start in range(0, len(seen), frames):
+            run = [picture for picture, _ in seen[start : start + frames]]
+            if other := next((p for p in run if p.geometry != run[0].geometry), None):
+                raise BundleError(
+                    f"frames of one clip differ: {_geometry(run[0].geometry)} and {_geometry(other.geometry)}",
+                    hint="make them one size",
+                )
+            clip = replace(run[0], pixel_values=np.stack([p.pixel_values for p in run]), frames=frames)
+            found.append((clip, sum(count for _, count in seen[start : start + frames])))
+        return found
 
     def raw(self, images: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
         """What the processor makes of images and text, as NumPy arrays."""

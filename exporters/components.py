@@ -2,7 +2,9 @@
 
 | graph | input | shape | dtype |
 |---|---|---|---|
-| vision, one for each bucket | pixel_values | as the family's processor gives it for one image | float |
+| vision, one for each bucket | pixel_values | as the family's processor gives it for one image, or [frames, …] | float |
+| | text_ids, if the method depends on the question | [1, M] | int64, padded |
+| | text_length, with it | [1] | int64 |
 | prefill | input_ids, visual_index | [1, S] | int64 |
 | | position_ids | [axes, S] | int64, axes 3 with M-RoPE, else 1 |
 | | image_features, deepstack_j | [images * K, hidden] | float |
@@ -17,7 +19,7 @@ Outputs: vision gives image_features [K, hidden], kept [1, K] int64 and deepstac
 logits [1, vocabulary] of the last token and a present_… for each past_…, which may share its memory. Of an attention
 layer: key and value [1, kv_heads, C, head_dim]; of a short convolution (LFM2): conv [1, channels, taps].
 
-The vision graph takes one image: a prompt with fewer images than its budget pays only for those it has, images may have
+The vision graph takes one image, or one clip of frames: a prompt with fewer images than its budget pays only for those it has, images may have
 different sizes, and an int8 scale never depends on the neighbour.
 """
 
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from ..manifest import Bucket, TokenBudget
 from ..surgery.load import locate
 from ..surgery.selection import attached
-from ..surgery.vision import prepare, see
+from ..surgery.vision import embed_question, prepare, see
 from .operators import CacheStep, PassThrough
 
 
@@ -48,7 +50,7 @@ class Component:
 
 
 class Vision(nn.Module):
-    """pixel_values -> image_features, kept, deepstack_j: one image of one bucket."""
+    """pixel_values, the question if the method wants it -> image_features, kept, deepstack_j: one image of a bucket."""
 
     def __init__(self, model: Any, bucket: Bucket, keep: int) -> None:
         super().__init__()
@@ -56,8 +58,9 @@ class Vision(nn.Module):
         self.prepared = prepare(model, bucket.geometry)
         self.keep = keep
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        seen = see(self.model, pixel_values, self.prepared, self.keep)
+    def forward(self, pixel_values: Tensor, *question: Tensor) -> tuple[Tensor, ...]:
+        text = embed_question(self.model, *question) if question else None
+        seen = see(self.model, pixel_values, self.prepared, self.keep, text)
         return seen.features, seen.kept[None].clone(), *seen.levels
 
 
@@ -144,13 +147,15 @@ def components(model: Any, budget: TokenBudget, keep: Sequence[int], quantized: 
     vision = []
     for bucket, count in zip(about.buckets, keep, strict=True):
         module = Vision(model, bucket, count)
-        pixels = torch.zeros(bucket.geometry["pixel_values"], dtype=dtype)
+        inputs = {"pixel_values": torch.zeros(bucket.pixels, dtype=dtype)}
+        if about.selection is not None and about.selection.selector.text:
+            inputs |= {"text_ids": ids(budget.text_tokens), "text_length": torch.tensor([budget.text_tokens])}
         levels = tuple(f"deepstack_{i}" for i in range(family.levels(model.config)))
         vision.append(
             Component(
                 role="vision",
                 module=module,
-                inputs={"pixel_values": pixels},
+                inputs=inputs,
                 outputs=("image_features", "kept", *levels),
             )
         )

@@ -120,7 +120,9 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)).float() * scale
-    if mask is not None:
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.float()
+    elif mask is not None:
         scores = torch.where(mask, scores, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v
 
@@ -218,6 +220,8 @@ class Standard:
             if causal:
                 mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()[None, None]
             return _softmax_attention(q, k, v, mask, scale)
+        if mask is not None and mask.shape[-2] != q.shape[2]:  # ONNX lets it be broadcast, ONNX Runtime does not
+            mask = mask.expand(-1, -1, q.shape[2], -1)
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         attributes = {"scale": scale, "is_causal": int(causal)}
         return ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=OPSET)
@@ -345,8 +349,8 @@ def _patch_product(conv: Any, x: Tensor) -> Tensor:
 
 
 def _boolean(mask: Tensor | None) -> Tensor | None:
-    """A tower's mask, bool or added to the scores, as bool."""
-    return mask if mask is None or mask.dtype == torch.bool else mask == 0
+    """A tower's mask, bool or added to the scores, as bool; one row for all queries (sizes of merged tokens) stays."""
+    return mask if mask is None or mask.dtype == torch.bool or mask.shape[-2] == 1 else mask == 0
 
 
 # Arguments of an attention function that change nothing here: one prompt, no training, masks of our own.

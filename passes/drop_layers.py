@@ -49,6 +49,12 @@ class DropLayers(Pass):
         check_part(self.name, self.part)
         if self.part == "vision" and a.tower.fixed:
             raise PassError(f"{self.name}: vision layers of `{a.family}` cannot go: {a.tower.fixed}", hint="drop heads")
+        if self.part == "vision" and a.leaving:
+            raise PassError(
+                f"{self.name}: tokens leave between the {a.tower.layers} blocks of the tower by `{a.method}`, counted "
+                "for that many",
+                hint="put drop-layers before prune-tokens",
+            )
         layers, most = self._layers(a), len(self._candidates(a)) - (self.part == "language")
         if not 1 <= self.count <= most:
             raise PassError(
@@ -69,7 +75,7 @@ class DropLayers(Pass):
                 heads=tuple(a.tower.heads[i] for i in keep),
                 feature_layer=a.tower.feature_layer - self.count,
             )
-            return replace(a, tower=tower)
+            return replace(a, tower=tower, scored=tuple(i for i, old in enumerate(keep) if old in a.scored))
         language = replace(
             a.language,
             heads=tuple(a.language.heads[i] for i in keep),

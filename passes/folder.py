@@ -7,6 +7,8 @@ token pruning, vision heads or int8, which only `load` here restores.
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,14 @@ from ..surgery.load import Loaded
 from ..surgery.selection import attached
 from . import recipe as recipes
 from .int8 import Int8Embedding
+from .prune_tokens import PruneTokens
+from .tokens.learned.weights import ATTRIBUTE
 from .recipe import Recipe
 
 SOURCE_CONFIG = "source_config.json"
 RECIPE = "recipe.toml"
 SOURCE = "source.json"
+METHOD = "method.safetensors"  # weights of the method that chooses tokens, if it has some: a copy of their file
 
 
 def load(
@@ -33,6 +38,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     sizes: tuple[surgery.Size, ...] = (),
+    frames: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -46,7 +52,9 @@ def load(
     """
     folder = Path(model)
     if not (folder / SOURCE_CONFIG).is_file():
-        return surgery.load(model, dtype=dtype, sizes=sizes, revision=revision, trust_remote_code=trust_remote_code)
+        return surgery.load(
+            model, dtype=dtype, sizes=sizes, frames=frames, revision=revision, trust_remote_code=trust_remote_code
+        )
     surgery.check_folder(folder)
     fields = json.loads((folder / SOURCE_CONFIG).read_text())
     source = json.loads((folder / SOURCE).read_text())
@@ -55,20 +63,26 @@ def load(
     if sizes and sizes != (made := tuple((h, w) for h, w in source["sizes"])):
         was, asked = (", ".join(f"{height}x{width}" for height, width in some) for some in (made, sizes))
         raise ModelError(f"`{folder}` was cut for images of {was}, not {asked}", hint="cut the original model again")
-    surgery.attach(
-        skeleton, surgery.make_buckets(skeleton.config, processor, tuple((h, w) for h, w in source["sizes"]))
-    )
-    recipe = recipes.read(folder / RECIPE).apply(skeleton, None)
+    if frames not in (1, source["frames"]):
+        raise ModelError(
+            f"`{folder}` was cut for clips of {source['frames']} frames, not {frames}", hint="cut the original again"
+        )
+    sizes = tuple((h, w) for h, w in source["sizes"])
+    surgery.attach(skeleton, surgery.make_buckets(skeleton.config, processor, sizes, source["frames"]))
+    recipe = recipes.read(folder / RECIPE)
+    _apply(recipe, skeleton, folder / METHOD)
     weights = load_file(folder / "model.safetensors")
     wanted = surgery.state_dict(skeleton)
     shapes = [{(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (wanted, weights)]
     if left := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
         raise ModelError(f"`{folder}`: {len(left)} weights do not fit the recipe, first `{left[0]}`", hint="cut again")
+    # A product with one row is summed in another order where its weight is not aligned: a copy is.
+    weights |= {name: tensor.clone() for name, tensor in weights.items() if name.startswith(ATTRIBUTE)}
     skeleton.load_state_dict(weights, strict=False, assign=True)
     _tie(skeleton)
     if (folder / "generation_config.json").is_file():
         skeleton.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    source = {key: value for key, value in source.items() if key != "sizes"}
+    source = {key: value for key, value in source.items() if key not in ("sizes", "frames")}
     return Loaded(skeleton.to(dtype).eval(), processor, source, recipe.tables())
 
 
@@ -79,15 +93,32 @@ def save(loaded: Loaded, folder: Path, source_config: Any, recipe: Recipe) -> No
         source_config: the model's config before the cuts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [bucket.size for bucket in attached(loaded.model).buckets]
+    buckets = attached(loaded.model).buckets
+    made_for = {"sizes": [bucket.size for bucket in buckets], "frames": buckets[0].frames}
     _readable(loaded.model.config, source_config).save_pretrained(folder)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)
     (folder / SOURCE_CONFIG).write_text(source_config.to_json_string(use_diff=False))
     (folder / RECIPE).write_text(recipe.to_toml())
-    (folder / SOURCE).write_text(json.dumps(loaded.source | {"sizes": sizes}, indent=1) + "\n")
+    for step in recipe.passes:
+        if isinstance(step, PruneTokens) and step.weights:
+            shutil.copyfile(step.weights, folder / METHOD)
+    (folder / SOURCE).write_text(json.dumps(loaded.source | made_for, indent=1) + "\n")
     loaded.processor.save_pretrained(folder)
     save_file(surgery.state_dict(loaded.model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _apply(recipe: Recipe, model: Any, weights: Path) -> None:
+    """Apply a folder's recipe; a method's weights are read from the folder, whatever path the recipe keeps."""
+    if not weights.is_file():
+        recipe.apply(model, None)
+        return
+    passes = [p.reading(str(weights)) if isinstance(p, PruneTokens) else p for p in recipe.passes]
+    Recipe(tuple(passes)).apply(model, None)
+    selection = attached(model).selection
+    assert selection is not None
+    (method,) = (p.method for p in recipe.passes if isinstance(p, PruneTokens))
+    selection.selector = replace(selection.selector, method=method)  # type: ignore[type-var]
 
 
 def _readable(config: Any, source_config: Any) -> Any:

@@ -12,10 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import PassError, nearest
+from ..manifest import Bucket
 from ..surgery.anatomy import Anatomy
-from ..surgery.selection import LINE_BREAKS, Selection, attached
+from ..surgery.load import locate
+from ..surgery.merging import prove
+from ..surgery.selection import LINE_BREAKS, Selection, attached, leaving
 from .base import Pass
-from .tokens.methods import METHODS, TableSelector
+from .tokens.learned import weights
+from .tokens.method import Method, Options, Place, parse
+from .tokens.methods import METHODS, POOLS, TableSelector
 
 
 def kept_tokens(tokens: int, ratio: float) -> int:
@@ -30,6 +35,9 @@ class PruneTokens(Pass):
     `line_breaks` says what becomes of the newline tokens that LLaVA-NeXT and LLaVA-OneVision put behind each row of
     tiles: `drop` them (HiRED, arXiv:2408.10945, and most ports), `keep` them all, counted in `keep` (FasterVLM,
     arXiv:2412.01818, which does not count them), or let them `compete` as any other token.
+
+    `pool` says who shares the budget of an image in tiles: all of them together (`image`), or each its own share of
+    the same size (`tile`).
     """
 
     name: ClassVar[str] = "prune-tokens"
@@ -37,18 +45,16 @@ class PruneTokens(Pass):
     source: ClassVar[str] = "see the methods"
 
     keep: int | tuple[int, ...]  # tokens per image; one number for every bucket, or one for each
-    method: str = "fastervlm"
-    seed: int = 0  # of method `random`
+    method: str = "fastervlm"  # with options as name:option=value:…
+    seed: int = 0  # of methods that draw
     line_breaks: str = "drop"
+    pool: str = "image"
 
     def plan(self, a: Anatomy) -> Anatomy:
-        if self.method not in METHODS:
-            raise PassError(f"{self.name}: no method `{self.method}`", hint=nearest(self.method, METHODS))
-        if self.line_breaks not in LINE_BREAKS:
-            raise PassError(
-                f"{self.name}: no policy `{self.line_breaks}` for line breaks",
-                hint=nearest(self.line_breaks, LINE_BREAKS),
-            )
+        row, options = parse(self.method, METHODS, self.name)
+        for key, value, known in (("line_breaks", self.line_breaks, LINE_BREAKS), ("pool", self.pool, POOLS)):
+            if value not in known:
+                raise PassError(f"{self.name}: no policy `{value}` for {key}", hint=nearest(value, known))
         if self.seed < 0:
             raise PassError(f"{self.name}: seed={self.seed}", hint="choose 0 or more")
         if a.method is not None:
@@ -57,11 +63,21 @@ class PruneTokens(Pass):
                 f"tokens by `{a.method}`",
                 hint="prune tokens once, from the original model",
             )
-        if METHODS[self.method].attention and not a.scored:
+        if row.frames and a.layout.frames == 1:
+            raise PassError(
+                f"{self.name}: `{self.method}` compares the frames of a clip, and here each of 1 image is seen alone",
+                hint="add --frames F, the images in a row that are one clip",
+            )
+        if row.blocks is not None and not a.scored:
             raise PassError(
                 f"{self.name}: `{self.method}` scores tokens by attention in the vision tower, and vlmcut does not "
                 f"know which attention of `{a.family}` belongs to which token",
                 hint="use divprune, random or uniform",
+            )
+        if row.blocks is not None and a.tower.layers != a.tower.feature_layer:  # the last block must be one that runs
+            raise PassError(
+                f"{self.name}: the tower still has {a.tower.layers} layers of which {a.tower.feature_layer} are used",
+                hint="put trim-tower first",
             )
         keeps = (self.keep,) * len(a.buckets) if isinstance(self.keep, int) else self.keep
         if len(keeps) != len(a.buckets):
@@ -69,16 +85,16 @@ class PruneTokens(Pass):
                 f"{self.name}: keep names {len(keeps)} numbers for {len(a.buckets)} image sizes",
                 hint="give one number, or one for each --image-size",
             )
-        for keep, bucket, breaks in zip(keeps, a.buckets, a.breaks, strict=True):
-            self._check(a, keep, bucket.tokens, breaks)
-        if a.tower.layers != a.tower.feature_layer:  # tokens are scored in the last layer
-            raise PassError(
-                f"{self.name}: the tower still has {a.tower.layers} layers of which {a.tower.feature_layer} are used",
-                hint="put trim-tower first",
-            )
-        return replace(a, keep=keeps, method=self.method)
+        for keep, bucket in zip(keeps, a.buckets, strict=True):
+            self._check(a, row, options, keep, bucket)
+        left = leaving(self._selector(), a.buckets, keeps, a.tower.layers)
+        return replace(a, keep=keeps, method=self.method, leaving=left)
 
-    def _check(self, a: Anatomy, keep: int, tokens: int, breaks: int) -> None:
+    def _selector(self) -> TableSelector:
+        return TableSelector(self.method, self.seed, self.pool)
+
+    def _check(self, a: Anatomy, row: Method, options: Options, keep: int, bucket: Bucket) -> None:
+        tokens, breaks = bucket.tokens, len(bucket.line_breaks)
         if not 1 <= keep <= tokens:
             raise PassError(
                 f"{self.name}: keep={keep}, but `{a.family}` makes {tokens} visual tokens per image",
@@ -95,17 +111,61 @@ class PruneTokens(Pass):
                 f'line_breaks="{self.line_breaks}"',
                 hint=f"choose {least} to {most}, or {tokens} for all",
             )
+        if (row.grid or self.pool == "tile") and not bucket.panels:
+            raise PassError(
+                f"{self.name}: `{self.method}` needs tokens in rows, and vlmcut does not know where the tokens of "
+                f"`{a.family}` lie",
+                hint="choose a method that needs no grid; see `vlmcut inspect`",
+            )
+        competing = self.line_breaks == "compete"
+        if row.grid and breaks and competing:
+            raise PassError(
+                f"{self.name}: `{self.method}` needs whole rows, and {breaks} line breaks compete with {tokens} tokens",
+                hint='use line_breaks = "drop" or "keep"',
+            )
+        panels = max(1, len(bucket.panels))
+        free = tokens if competing else tokens - breaks
+        chosen = keep - breaks if self.line_breaks == "keep" else keep
+        if self.pool == "tile":
+            sizes = {panel.rows * panel.columns for panel in bucket.panels}
+            if len(sizes) > 1 or chosen % panels:
+                raise PassError(
+                    f"{self.name}: {chosen} tokens cannot be shared by {panels} tiles of "
+                    f"{' and '.join(map(str, sorted(sizes)))} tokens alike",
+                    hint=f"choose a multiple of {panels}" if len(sizes) == 1 else 'use pool = "image"',
+                )
+            free, chosen, panels = free // panels, chosen // panels, 1
+        if refused := row.refuse(Place(a, bucket, free, chosen, panels, bucket.frames), options):
+            raise PassError(f"{self.name}: {refused[0]}", hint=refused[1])
 
     def notes(self, a: Anatomy) -> list[str]:
-        substitute = METHODS[self.method].without_cls
-        found = [f"{self.method}: {substitute}"] if substitute and not a.tower.has_cls else []
+        row, _ = parse(self.method, METHODS, self.name)
+        found = [f"{self.method}: {row.without_cls}"] if row.without_cls and not a.tower.has_cls else []
+        if row.text:
+            found.append(f"{self.method} depends on the question: another question needs another look at the picture")
         if any(a.breaks):
             found.append(f"line breaks between rows of tiles: {self.line_breaks}")
         return found
 
+    @property
+    def weights(self) -> str:
+        """The file of a method that has weights, as the recipe names it; empty for the others."""
+        return parse(self.method, METHODS, self.name)[1].get("weights", "")
+
+    def reading(self, path: str) -> PruneTokens:
+        """The same with its weights elsewhere."""
+        return replace(self, method=self.method.replace(f"weights={self.weights}", f"weights={path}"))
+
     def apply(self, model: Any, a: Anatomy) -> None:
-        keep = self.plan(a).keep
-        attached(model).selection = Selection(TableSelector(self.method, self.seed), keep, self.line_breaks)
+        planned = self.plan(a)
+        if planned.leaving:
+            prove(locate(model).tower_layers)
+        selector, (row, _) = self._selector(), parse(self.method, METHODS, self.name)
+        if row.module is not None:
+            module = weights.read(row.module, self.weights).exported().to(model.dtype)
+            model.add_module(weights.ATTRIBUTE, module)  # its weights are the model's: graphs, casts, folders carry them
+            selector = replace(selector, module=module)
+        attached(model).selection = Selection(selector, planned.keep, self.line_breaks)
 
 
 def _counts(numbers: Iterable[int]) -> str:

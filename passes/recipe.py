@@ -29,6 +29,7 @@ from .drop_heads import DropHeads
 from .drop_layers import DropLayers
 from .prune_tokens import PruneTokens, kept_tokens
 from .quantize import SCHEMES, Quantize
+from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
@@ -156,8 +157,7 @@ def from_flags(
     for flag, given in (("--drop-heads", heads), ("--drop-layers", layers)):
         if unknown := sorted(set(given) - set(PARTS)):
             raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
-    if method not in METHODS:
-        raise PassError(f"--method {method}: no such method", hint=nearest(method, METHODS))
+    parse_method(method, METHODS, "--method")
     if prune is not None and keep is not None:
         raise PassError("--prune and --keep are both given", hint="give one of them")
     if prune is not None:

@@ -24,7 +24,9 @@ class TrimTower(Pass):
     source: ClassVar[str] = "vlmcut; exact"
 
     def plan(self, a: Anatomy) -> Anatomy:
-        return replace(a, tower=replace(a.tower, heads=a.tower.heads[: a.tower.feature_layer]))
+        kept = a.tower.feature_layer
+        scored = tuple(block for block in a.scored if block < kept)
+        return replace(a, tower=replace(a.tower, heads=a.tower.heads[:kept]), scored=scored)
 
     def apply(self, model: Any, a: Anatomy) -> None:
         parts = locate(model)

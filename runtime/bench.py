@@ -43,8 +43,8 @@ def full_prompt(bundle: Bundle, seed: int = 0) -> Prompt:
     placeholders = np.full(budget.images * bucket.tokens, layout.image_token_id)
     words = rng.integers(5, 100, budget.text_tokens)
     words[words == layout.image_token_id] += 1
-    pixels = [rng.normal(0, 1, bucket.geometry["pixel_values"]).astype(np.float32) for _ in range(budget.images)]
-    pictures = [Picture(p, bucket.geometry) for p in pixels]
+    pixels = [rng.normal(0, 1, bucket.pixels).astype(np.float32) for _ in range(budget.images)]
+    pictures = [Picture(p, bucket.geometry, bucket.frames, words) for p in pixels]
     ids = np.concatenate([placeholders, words])[None]
     return assemble(layout, ids, pictures, [bucket.tokens] * budget.images)
 

@@ -35,7 +35,7 @@ class Bundle:
         self.budget_index = find_budget(self.manifest, keep)
         self.graphs = Graphs(self.path, self.manifest, self.budget_index, provider=provider, threads=threads)
         self.prompter = open_prompter(self.path, self.manifest)
-        self._stop = stop_ids(self.path)
+        self.stop = stop_ids(self.path)
 
     @property
     def budget(self) -> TokenBudget:
@@ -81,6 +81,16 @@ class Bundle:
         Raises:
             BundleError: a prompt over budget, or more new tokens than the cache has room for.
         """
+        for token, _ in self.steps(prompt, max_new_tokens):
+            if token not in self.stop:
+                yield token
+
+    def steps(self, prompt: Prompt, max_new_tokens: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Greedy token ids as `tokens`, an end-of-sequence token included, each with the logits it is the largest of.
+
+        Yields:
+            A token and float32 [V].
+        """
         most = self.budget.new_tokens
         if max_new_tokens is not None and not 1 <= max_new_tokens <= most:
             raise BundleError(
@@ -91,9 +101,9 @@ class Bundle:
         logits = self.graphs.prefill(shrunk, seen)
         for count in range(max_new_tokens or most):
             token = int(logits.argmax())
-            if token in self._stop:
+            yield token, logits
+            if token in self.stop:
                 return
-            yield token
             if count + 1 < (max_new_tokens or most):
                 logits = self.graphs.decode(token, shrunk, count)
 

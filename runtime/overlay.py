@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import BundleError
-from ..manifest import Panel
+from ..manifest import Bucket, Panel
 from ..prompt import open_image
 from .bundle import Bundle
 
@@ -21,13 +21,14 @@ _EDGE = (255, 210, 60)
 
 
 def overlay(
-    bundle: Bundle, image: str | Path | Image.Image, *, fit: bool = False
+    bundle: Bundle, image: str | Path | Image.Image, *, question: str = "", fit: bool = False
 ) -> tuple[Image.Image, np.ndarray, int]:
     """Draw which parts of an image reach the language model: kept ones bright and framed, dropped ones dim.
 
     Tiles and their thumbnail are drawn side by side, in the order of their tokens.
 
     Args:
+        question: for a method that depends on it.
         fit: as in `Bundle.prompt`.
 
     Returns:
@@ -36,17 +37,22 @@ def overlay(
     Raises:
         BundleError: a family of which vlmcut does not know where its tokens lie.
     """
-    prompt = bundle.prompt([image], "", fit=fit)
+    prompt = bundle.prompt([image], question, fit=fit)
     bucket = bundle.manifest.buckets[prompt.pictures[0].bucket(bundle.manifest.buckets)]
     if not bucket.panels:
         raise BundleError("vlmcut does not know where the visual tokens of this model lie", hint="nothing can be drawn")
     _, seen = bundle.see(prompt)
     kept, pixels = seen[0].kept, prompt.pictures[0].pixel_values
-    if len(bucket.panels) == 1 and pixels.ndim == 4 and len(pixels) == 1:  # one raster: what is left after any crop
-        picture = seen_picture(bundle.prompter.processor.image_processor, pixels[0])
-    else:
-        picture = (image if isinstance(image, Image.Image) else open_image(image)).convert("RGB")
+    source = image if isinstance(image, Image.Image) else open_image(image)
+    picture = fitting_picture(bundle.prompter.processor.image_processor, pixels, bucket, source)
     return draw(picture, kept, bucket.panels), kept, bucket.tokens
+
+
+def fitting_picture(image_processor: Any, pixel_values: np.ndarray, bucket: Bucket, image: Image.Image) -> Image.Image:
+    """The picture that the tokens lie on: of one raster what is left after any crop, else the whole."""
+    if len(bucket.panels) == 1 and pixel_values.ndim == 4 and len(pixel_values) == 1:
+        return seen_picture(image_processor, pixel_values[0])
+    return image.convert("RGB")
 
 
 def seen_picture(image_processor: Any, pixel_values: np.ndarray) -> Image.Image:

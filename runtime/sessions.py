@@ -91,6 +91,15 @@ def _check_tensors(info: GraphInfo, session: ort.InferenceSession) -> None:
             )
 
 
+def _question(ids: np.ndarray, room: int) -> dict[str, np.ndarray]:
+    if len(ids) > room:
+        raise BundleError(
+            f"the question has {len(ids)} tokens, the vision graph takes {room}",
+            hint=f"shorten it, or convert again with --text-tokens {len(ids)}",
+        )
+    return {"text_ids": np.pad(ids, (0, room - len(ids)))[None], "text_length": np.array([len(ids)])}
+
+
 @dataclass(frozen=True)
 class Sight:
     """What one picture became."""
@@ -149,11 +158,14 @@ class Graphs:
         """Encode one picture.
 
         Raises:
-            BundleError: no bucket has its geometry.
+            BundleError: no bucket has its geometry, or a question that is too long for the graph.
         """
         info = self._vision[picture.bucket(self.buckets)]
-        pixels = {"pixel_values": picture.pixel_values.astype(self.dtype)}
-        found = self._open(info).run([t.name for t in info.outputs], pixels)
+        inputs = {"pixel_values": picture.pixel_values.astype(self.dtype)}
+        for tensor in info.inputs:
+            if tensor.name == "text_ids":
+                inputs |= _question(picture.question, tensor.shape[1])
+        found = self._open(info).run([t.name for t in info.outputs], inputs)
         features, kept, *levels = map(np.asarray, found)
         return Sight(features, kept[0], tuple(levels))
 

@@ -27,6 +27,7 @@ class Tower:
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
     fixed: str | None = None  # why its layers cannot be dropped
+    rigid: str | None = None  # why tokens cannot merge or leave between its blocks
 
     @property
     def layers(self) -> int:
@@ -64,9 +65,10 @@ class Anatomy:
     buckets: tuple[Bucket, ...]
     segments: tuple[tuple[int, ...], ...]  # for each bucket, rows of each tower segment that attends to itself
     breaks: tuple[int, ...]  # for each bucket, tokens that only say that a row of tiles ends
-    scored: bool  # whether tokens can be scored by attention in the tower
+    scored: tuple[int, ...]  # tower blocks by whose attention tokens can be scored; empty for none
     keep: tuple[int, ...]  # for each bucket, visual tokens that reach the language model
     method: str | None = None  # how they are chosen; None keeps all
+    leaving: tuple[tuple[int, ...], ...] = ()  # for each bucket, tokens that leave the tower in each block; or empty
     quantized: tuple[str, ...] = ()  # parts whose linears are int8: vision, language
 
     @property
@@ -101,12 +103,16 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0
     t, lm = a.tower, a.language
     segments = a.segments[bucket]
     rows = sum(segments)
-    tower_flops = tower_parameters = 0
-    for heads in t.heads[: t.feature_layer]:
+    tower_flops = tower_parameters = left = 0
+    leaving = a.leaving[bucket] if a.leaving else (0,) * t.layers
+    for heads, leave in zip(t.heads[: t.feature_layer], leaving, strict=False):
         width = heads * t.head_dim
-        linears = 4 * t.hidden * width + t.matrices * t.hidden * t.intermediate
-        tower_parameters += linears
-        tower_flops += 2 * rows * linears + 4 * sum(n * n for n in segments) * width
+        attention, mlp = 4 * t.hidden * width, t.matrices * t.hidden * t.intermediate
+        tower_parameters += attention + mlp
+        # Tokens leave one segment only, between attention and MLP; what says which is not counted.
+        tower_flops += 2 * (rows - left) * attention + 4 * sum((n - left) ** 2 for n in segments) * width
+        left += leave
+        tower_flops += 2 * (rows - left) * mlp
     patch = 3 * t.patch_size**2 * t.hidden
     tower_flops += 2 * (rows - t.has_cls * len(segments)) * patch
     tower_parameters += patch

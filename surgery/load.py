@@ -25,7 +25,7 @@ from ..prompt import Prompter
 from . import tiny
 from .anatomy import Anatomy
 from .families import family_of
-from .selection import Attached, Selection, attached
+from .selection import Attached, Selection, attached, leaving
 from .structure import Parts
 
 Size = tuple[int, int]  # pixels: height, width
@@ -57,14 +57,18 @@ def describe(model: Any) -> Anatomy:
         tower=family.tower(model, parts),
         projector=0 if parts.projector is None else sum(p.numel() for p in _weights(parts.projector) if p.dim() > 1),
         language=family.language(model, parts),
-        layout=family.layout(config),
+        layout=replace(family.layout(config), frames=about.buckets[0].frames),
         buckets=about.buckets,
-        segments=tuple(family.segments(config, bucket.geometry) for bucket in about.buckets),
+        segments=tuple(family.segments(config, bucket.geometry) * bucket.frames for bucket in about.buckets),
         breaks=tuple(len(bucket.line_breaks) for bucket in about.buckets),
-        scored=family.scored_attention(model) is not None
-        and all(family.members(config, bucket.geometry) is not None for bucket in about.buckets),
+        scored=tuple(sorted(family.scored(model)))
+        if all(family.members(config, bucket.geometry) is not None for bucket in about.buckets)
+        else (),
         keep=tuple(about.keep(index) for index in range(len(about.buckets))),
         method=about.selection.selector.method if about.selection else None,
+        leaving=leaving(about.selection.selector, about.buckets, about.selection.keep, len(parts.tower_layers))
+        if about.selection
+        else (),
         quantized=tuple(quantized),
     )
 
@@ -93,13 +97,22 @@ def attach(model: Any, buckets: tuple[Bucket, ...], selection: Selection | None 
     return model
 
 
-def make_buckets(config: Any, processor: Any, sizes: tuple[Size, ...] = ()) -> tuple[Bucket, ...]:
-    """The buckets of pictures of these sizes; one of the family's own size for none.
+def make_buckets(
+    config: Any, processor: Any, sizes: tuple[Size, ...] = (), frames: int = 1
+) -> tuple[Bucket, ...]:
+    """The buckets of pictures of these sizes, or clips of so many; one of the family's own size for none.
 
     Raises:
-        ModelError: two sizes that the processor makes the same of, or a processor that writes no placeholder.
+        ModelError: two sizes that the processor makes the same of, a processor that writes no placeholder, or frames
+            of a family that reads each image as a block.
     """
     family = family_of(config)
+    if frames > 1 and family.prefix == "image":
+        raise ModelError(
+            f"`{config.model_type}` cannot be cut for clips of {frames} frames: its language model reads each image as "
+            "a block, and a clip has none",
+            hint="leave --frames out: every image then has its own budget",
+        )
     prompter = Prompter(processor, family.layout(config))
     found: list[Bucket] = []
     for size in sizes or (family.default_size(config),):
@@ -123,7 +136,7 @@ def make_buckets(config: Any, processor: Any, sizes: tuple[Size, ...] = ()) -> t
                 hint="name only one of them in --image-size",
             )
         found.append(bucket)
-    return tuple(found)
+    return tuple(replace(b, tokens=frames * b.tokens, panels=b.panels * frames, frames=frames) for b in found)
 
 
 def load(
@@ -131,6 +144,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     sizes: tuple[Size, ...] = (),
+    frames: int = 1,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -140,6 +154,7 @@ def load(
         model: a Hugging Face folder, `tiny:llava` (random, offline), or a hub id.
         dtype: of the weights in memory.
         sizes: height and width in pixels of the pictures to be cut for, a bucket each; the family's own for none.
+        frames: images that are seen together as a clip and share a budget.
 
     Raises:
         ModelError: not a model, a text-only model, missing or damaged weights, or a layout without a reader.
@@ -149,7 +164,7 @@ def load(
         made, processor = tiny.make(name.removeprefix("tiny:"))
         family_of(made.config).check(made.config)
         opened = _tiny_processor(name, processor)
-        attach(made, make_buckets(made.config, opened, sizes))
+        attach(made, make_buckets(made.config, opened, sizes, frames))
         return Loaded(made.to(dtype).eval(), opened, {"id": name, "revision": None, "files": {}})
     folder = Path(name)
     if _is_local(name):
@@ -175,7 +190,7 @@ def load(
         "files": {p.name: digest(p) for p in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {},
     }
     processor = load_processor(name, **options)
-    attach(loaded, make_buckets(config, processor, sizes))
+    attach(loaded, make_buckets(config, processor, sizes, frames))
     return Loaded(loaded.eval(), processor, source)
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..prompt import Picture, Prompt
 from .load import locate
 from .selection import attached
-from .vision import Seen, prepare, see
+from .vision import Seen, prepare, read_question, see
 
 Change = Callable[[Tensor], Tensor]
 
@@ -34,7 +34,8 @@ def see_picture(model: Any, picture: Picture, change: Change = unchanged) -> See
     """One picture with as many tokens as its bucket keeps."""
     about = attached(model)
     pixels = change(torch.from_numpy(picture.pixel_values)).to(model.dtype)
-    return see(model, pixels, prepare(model, picture.geometry), about.keep(picture.bucket(about.buckets)))
+    keep = about.keep(picture.bucket(about.buckets))
+    return see(model, pixels, prepare(model, picture.geometry), keep, read_question(model, picture.question))
 
 
 @torch.no_grad()

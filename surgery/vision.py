@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families.base import Encoded, Family
-from .selection import TowerState, attached
+from .first_layer import first_layer
+from .merging import between
+from .selection import Tap, Text, TowerState, attached, places
 
 _TAP = "vlmcut_tap"
 
@@ -28,28 +32,30 @@ class Seen:
 
 
 @dataclass
-class _Tap:
+class _Rows:
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # q and k of each call
     scale: float = 1.0
 
 
 @contextmanager
-def _tapping(attention: Any) -> Iterator[_Tap]:
-    """While inside, keep the q and k of this tower attention: they are what its scores are made of.
+def _tapping(blocks: Mapping[int, Any]) -> Iterator[Mapping[int, _Rows]]:
+    """While inside, keep the q and k of these tower attentions, block -> module: what scores are made of.
 
     They are taken where the block hands them to its attention function, so norms, rotary embeddings and a fused qkv
     need no code of ours, and nothing is computed twice.
     """
-    tap = _Tap()
-    if attention is None:
-        yield tap
+    taps = {block: _Rows() for block in blocks}
+    if not blocks:
+        yield taps
         return
-    config = attention.config
-    before = config._attn_implementation
+    wanted = {id(module): taps[block] for block, module in blocks.items()}
+    configs = list({id(module.config): module.config for module in blocks.values()}.values())
+    before = configs[0]._attn_implementation
     inner = ALL_ATTENTION_FUNCTIONS[before]
 
     def function(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if module is attention:
+        tap = wanted.get(id(module))
+        if tap is not None:
             tap.rows.append((q, k))
             tap.scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
         return inner(module, q, k, *args, **kwargs)
@@ -59,12 +65,13 @@ def _tapping(attention: Any) -> Iterator[_Tap]:
     masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     if before in masks:
         ALL_MASK_ATTENTION_FUNCTIONS.register(_TAP, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    # `_attn_implementation` would set the masks of all parts of a composite config too.
-    config._attn_implementation_internal = _TAP
+    for config in configs:  # `_attn_implementation` would set the masks of all parts of a composite config too
+        config._attn_implementation_internal = _TAP
     try:
-        yield tap
+        yield taps
     finally:
-        config._attn_implementation_internal = before
+        for config in configs:
+            config._attn_implementation_internal = before
         del ALL_ATTENTION_FUNCTIONS[_TAP]
         masks.pop(_TAP, None)
 
@@ -75,46 +82,125 @@ class Prepared:
 
     geometry: Mapping[str, tuple[int, ...]]
     constants: Mapping[str, Any]
-    members: Tensor | None
+    members: np.ndarray | None
 
 
 def prepare(model: Any, geometry: Mapping[str, tuple[int, ...]]) -> Prepared:
     """Everything about an image of this geometry that needs no pixel."""
-    family: Family = attached(model).family
+    about = attached(model)
+    family: Family = about.family
     members = family.members(model.config, geometry)
-    return Prepared(geometry, family.constants(model, geometry), None if members is None else torch.from_numpy(members))
+    frames = about.bucket(geometry).frames
+    if members is not None and frames > 1:
+        rows = sum(n - family.has_cls(model.config) for n in family.segments(model.config, geometry))
+        members = np.concatenate([np.where(members < 0, -1, members + i * rows) for i in range(frames)])
+    return Prepared(geometry, family.constants(model, geometry), members)
 
 
-def look(model: Any, pixel_values: Tensor, prepared: Prepared) -> tuple[Encoded, TowerState]:
+def read_question(model: Any, ids: np.ndarray) -> Text | None:
+    """The question for a method that depends on it, int64 [M], unpadded; None for the others."""
+    selection = attached(model).selection
+    if selection is None or not selection.selector.text:
+        return None
+    padded = np.append(ids, 0) if not len(ids) else ids  # a column that is masked: nothing was asked
+    return embed_question(model, torch.from_numpy(padded)[None], torch.tensor([len(ids)]))
+
+
+def embed_question(model: Any, ids: Tensor, length: Tensor) -> Text:
+    """Padded ids, int64 [1, M], of which the first `length` are real."""
+    embeddings = attached(model).family.embed(model, ids)
+    mask = (torch.arange(ids.shape[1])[None] < length).to(embeddings.dtype)
+    return Text(embeddings, mask)
+
+
+def look(
+    model: Any, pixel_values: Tensor, prepared: Prepared, text: Text | None = None, keep: int | None = None
+) -> tuple[Encoded, TowerState]:
     """Encode one image, whole, and gather what a selector may look at.
 
     Args:
-        pixel_values: as the family's processor gives it for one image, in the model's dtype.
+        pixel_values: as the family's processor gives it for one image, in the model's dtype; [frames, …] of a clip.
+        text: the question, for a method that depends on it.
+        keep: tokens that go on, for a method inside the tower; as many as the bucket keeps for None.
     """
-    family: Family = attached(model).family
-    attention = family.scored_attention(model) if attached(model).selection else None
-    with _tapping(attention) as tap:
-        encoded = family.encode(model, pixel_values, prepared.geometry, prepared.constants)
+    about = attached(model)
+    family, bucket = about.family, about.bucket(prepared.geometry)
+    scored = family.scored(model) if about.selection else {}
+    blocks = about.selection.selector.blocks(sorted(scored)) if about.selection else ()
+    layers = family.locate(model).tower_layers
+    wanted = about.selection.selector.outputs if about.selection else ()
+    keep = about.keep(about.buckets.index(bucket)) if keep is None else keep
+    leaving = about.selection.selector.leaving(bucket.tokens, keep, len(layers)) if about.selection else ()
+    has_cls, stream = family.has_cls(model.config), None
+    with ExitStack() as stack:
+        taps = stack.enter_context(_tapping({b: scored[b] for b in (scored if any(leaving) else blocks)}))
+        if any(leaving):
+            assert about.selection is not None
+            stream = stack.enter_context(between(layers, taps, leaving, about.selection.selector.inside, has_cls))
+        outputs = stack.enter_context(_recording([layers[b] for b in wanted], has_cls))
+        clip = [pixel_values] if bucket.frames == 1 else pixel_values.unbind(0)
+        frames = [family.encode(model, pixels, prepared.geometry, prepared.constants) for pixels in clip]
+    encoded = frames[0] if bucket.frames == 1 else _joined(frames)
+    arrived = None
+    if stream is not None:  # back in the order of the picture
+        arrived, order = torch.sort(stream.places(has_cls))
+        encoded, arrived = replace(encoded, tokens=encoded.tokens.index_select(0, order)), arrived[None]
+    panels = bucket.panels
     state = TowerState(
         tokens=encoded.tokens[None],
         project=encoded.project or (lambda x: x),
-        attention=tuple(tap.rows),
-        scale=tap.scale,
-        has_cls=family.has_cls(model.config),
+        taps=tuple(Tap(block, tuple(taps[block].rows), taps[block].scale) for block in blocks),
+        has_cls=has_cls,
         members=prepared.members,
+        panels=panels,
+        places=places(panels) if panels else None,
+        frames=bucket.frames,
+        text=text,
+        outputs=tuple(torch.cat(calls, dim=1) for calls in outputs),
+        first=partial(first_layer, model),
+        arrived=arrived,
     )
     return encoded, state
 
 
-def see(model: Any, pixel_values: Tensor, prepared: Prepared, keep: int) -> Seen:
+@contextmanager
+def _recording(blocks: Sequence[Any], has_cls: bool) -> Iterator[list[list[Tensor]]]:
+    """While inside, keep what these tower blocks give: for each block, [1, patches, width] of each call."""
+    found: list[list[Tensor]] = [[] for _ in blocks]
+
+    def record(calls: list[Tensor], out: Any) -> None:
+        rows = out[0] if isinstance(out, tuple) else out  # [segments, rows, width]
+        calls.append(rows[:, int(has_cls) :].flatten(0, 1)[None])
+
+    hooks = [
+        block.register_forward_hook(lambda _, args, out, calls=calls: record(calls, out))
+        for block, calls in zip(blocks, found, strict=True)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _joined(frames: list[Encoded]) -> Encoded:
+    levels = tuple(torch.cat(level) for level in zip(*(frame.levels for frame in frames), strict=True))
+    return Encoded(torch.cat([frame.tokens for frame in frames]), frames[0].project, levels)
+
+
+def see(model: Any, pixel_values: Tensor, prepared: Prepared, keep: int, text: Text | None = None) -> Seen:
     """Encode one image and keep `keep` of its tokens, a Python int."""
-    encoded, state = look(model, pixel_values, prepared)
-    tokens, levels = encoded.tokens, encoded.levels
-    kept = torch.arange(tokens.shape[0])
-    selection = attached(model).selection
-    if selection is not None:
-        kept = selection.choose(state, keep, attached(model).line_breaks(prepared.geometry))[0]
-        tokens = tokens.index_select(0, kept)
-        levels = tuple(level.index_select(0, kept) for level in levels)
+    encoded, state = look(model, pixel_values, prepared, text, keep)
+    about = attached(model)
+    if about.selection is None:
+        tokens, kept, levels = encoded.tokens, torch.arange(encoded.tokens.shape[0]), encoded.levels
+    elif state.arrived is not None:
+        tokens, kept, levels = encoded.tokens, state.arrived[0], ()
+    else:
+        choice = about.selection.choose(state, keep, about.bucket(prepared.geometry).line_breaks)
+        kept, levels = choice.kept[0], tuple(map(choice.take, encoded.levels))
+        if choice.features is not None:
+            return Seen(choice.features[0], kept, levels)
+        tokens = choice.take(encoded.tokens)
     features = tokens if encoded.project is None else encoded.project(tokens[None])[0]
     return Seen(features, kept, levels)

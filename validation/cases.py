@@ -52,7 +52,8 @@ class Case:
             states = getattr(self, f"{kind}_states")
             arrays |= {f"{kind}_state/{name}": value.astype(np.float32) for name, value in states.items()}
         for i, (picture, sight) in enumerate(zip(p.pictures, self.seen, strict=True)):
-            arrays[f"picture_{i}/pixels"] = picture.pixel_values
+            arrays |= {f"picture_{i}/pixels": picture.pixel_values, f"picture_{i}/question": picture.question}
+            arrays[f"picture_{i}/frames"] = np.array(picture.frames)
             arrays |= {f"picture_{i}/geometry/{n}": np.array(v) for n, v in picture.geometry.items()}
             arrays |= {f"picture_{i}/kept": sight.kept, f"picture_{i}/features": sight.features.astype(np.float32)}
             arrays |= {f"picture_{i}/level_{j}": x.astype(np.float32) for j, x in enumerate(sight.levels)}
@@ -72,7 +73,7 @@ def read_case(path: Path, layout: Layout) -> Case:
         for i in range(len(data["counts"])):
             own = _below(data, f"picture_{i}/")
             geometry = {n: tuple(int(x) for x in v) for n, v in _below(own, "geometry/").items()}
-            pictures.append(Picture(own["pixels"], geometry))
+            pictures.append(Picture(own["pixels"], geometry, int(own["frames"]), own["question"]))
             levels = tuple(own[f"level_{j}"] for j in range(sum(name.startswith("level_") for name in own)))
             seen.append(Sight(own["features"], own["kept"], levels))
         prompt = Prompt(

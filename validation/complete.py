@@ -62,7 +62,7 @@ def _read(model: Any) -> list[torch.Tensor]:
     for bucket in attached(model).buckets:
         text = [int(layout.image_token_id == 0)]
         ids = np.concatenate([text, np.full(bucket.tokens, layout.image_token_id), text])[None]
-        picture = Picture(np.ones(bucket.geometry["pixel_values"], np.float32), bucket.geometry)
+        picture = Picture(np.ones(bucket.pixels, np.float32), bucket.geometry, bucket.frames)
         shrunk, seen = see_all(model, assemble(layout, ids, [picture], [bucket.tokens]))
         found += [*(s.features for s in seen), Talk.read(model, [shrunk], [seen]).logits]
     return found

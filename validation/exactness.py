@@ -3,13 +3,14 @@
 Inputs are fresh: seeded images and prompts that no trace has seen, at full budget, short, text only, with images in
 the middle. The reference runs in float64; how far the eager model in the graph's own dtype is from it is the noise
 floor of each output; a graph may be `MULTIPLE` times as far, no more. Which tokens are kept must be equal, unless the
-runtime's choice is within rounding of the reference's own scores (`regret`).
+runtime's choice is within rounding of the reference's own scores: at each pick, by how much the kept tokens fall short
+of the best (`surgery/picking.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..manifest import ExactnessRow, TokenBudget
 from ..prompt import Picture, Prompt, assemble
 from ..runtime.sessions import Graphs, Sight
 from ..surgery.anatomy import Anatomy
-from ..surgery.selection import attached
+from ..surgery.picking import Follow
+from ..surgery.selection import attached, judge
 from ..surgery.talk import Talk, unchanged
 from ..surgery.vision import Seen
 from . import cases, reference
@@ -140,7 +142,7 @@ def fresh_prompts(a: Anatomy, budget: TokenBudget, seed: int) -> list[Prompt]:
         tokens = [columns[0]]
         for bucket, rest in zip(buckets, columns[1:], strict=True):
             tokens += [np.full(bucket.tokens, a.layout.image_token_id), rest]
-        pictures = [Picture(_picture(rng, bucket.geometry["pixel_values"]), bucket.geometry) for bucket in buckets]
+        pictures = [Picture(_picture(rng, b.pixels), b.geometry, b.frames, ids) for b in buckets]
         prompts.append(assemble(a.layout, np.concatenate(tokens)[None], pictures, [b.tokens for b in buckets]))
     return prompts
 
@@ -261,24 +263,36 @@ class _Kept:
         """
         about = attached(exact)
         self.images += 1
-        if about.selection is None:
+        keep = about.keep(picture.bucket(about.buckets))
+        if about.selection is None or keep == kept.shape[1] == about.bucket(picture.geometry).tokens:
             equal = torch.equal(kept[0], torch.arange(kept.shape[1]))
             self.regret = max(self.regret, 0.0 if equal else float("inf"))
             return
-        breaks = about.line_breaks(picture.geometry)
+        breaks = about.bucket(picture.geometry).line_breaks
         state = reference.state(exact, picture)
-        keep = about.keep(picture.bucket(about.buckets))
-        self.other += not torch.equal(kept, about.selection.choose(state, keep, breaks))
-        self.regret = max(self.regret, float(about.selection.regret(state, kept, breaks)))
-        # How far the eager model's scores are from the reference's: the noise in which a choice may differ.
-        want = about.selection.scores(state, breaks)
-        if want is None or keep == state.count:
+        if state.arrived is not None:  # which tokens met in the tower cannot be told from those that came out of it
+            equal = torch.equal(kept, state.arrived)
+            self.other += not equal
+            self.regret = max(self.regret, 0.0 if equal else float("inf"))
             return
+        self.other += not torch.equal(kept, about.selection.choose(state, keep, breaks).kept)
+        judged = judge(kept, state.count)
+        again = about.selection.choose(replace(state, pick=judged), keep, breaks).kept
+        if not torch.equal(again, kept):  # no score excuses it: a constant choice, a line break
+            self.regret = float("inf")
+            return
+        # How far the eager model's scores are from the reference's: the noise in which a choice may differ.
+        own = attached(model).selection  # its weights have the model's dtype
+        assert own is not None
         changes = [unchanged] if nudge is None else [unchanged, lambda x: _nudge(x, nudge)]
+        noise = [0.0] * len(judged.calls)
         for change in changes:
-            have = about.selection.scores(reference.state(model, picture, change), breaks)
-            assert have is not None
-            self.noise = max(self.noise, float((have.double() - want).abs().max()))
+            follow = Follow(judged.calls)
+            own.choose(replace(reference.state(model, picture, change), pick=follow), keep, breaks)
+            noise = [max(pair) for pair in zip(noise, follow.noise, strict=True)]
+        for call, one in zip(judged.calls, noise, strict=True):
+            if call.shortfall / max(one, _LEAST) >= self.regret / max(self.noise, _LEAST):
+                self.regret, self.noise = call.shortfall, one if call.shortfall else max(self.noise, one)
 
     @property
     def note(self) -> str:

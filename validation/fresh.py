@@ -22,7 +22,8 @@ def verify_fresh(
 ) -> list[ExactnessRow]:
     """Rows of all budgets on inputs of `seed`; a token that differs beyond a near tie is a row of its own."""
     progress(f"cutting `{against}` by the bundle's recipe")
-    loaded = cut_folder.load(against, sizes=tuple(bucket.size for bucket in manifest.buckets))
+    sizes = tuple(bucket.size for bucket in manifest.buckets)
+    loaded = cut_folder.load(against, sizes=sizes, frames=manifest.layout.frames)
     if not loaded.recipe:
         recipes.from_tables(manifest.recipe, "the bundle's recipe").apply(loaded.model, None)
     model = loaded.model.to(getattr(torch, manifest.dtype))

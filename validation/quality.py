@@ -18,6 +18,7 @@ from ..prompt import Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
 from ..surgery.talk import Talk, greedy, see_all
+from ..surgery.vision import Seen
 
 ANSWER = 48  # tokens, at most
 _BATCH = 32
@@ -56,12 +57,19 @@ def read_set(loaded: Loaded, folder: Path, limit: int | None = None) -> list[Que
 
 
 def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
-    """Greedy answers of the eager model, in batches of prompts of equal length (padding would move int8 scales)."""
-    looked = [see_all(loaded.model, q.prompt) for q in questions]
+    """Greedy answers of the eager model."""
+    return say(loaded, [see_all(loaded.model, q.prompt) for q in questions], new_tokens)
+
+
+def say(loaded: Loaded, looked: Sequence[tuple[Prompt, Sequence[Seen]]], new_tokens: int = ANSWER) -> list[str]:
+    """Greedy answers to shrunk prompts, given what their pictures became.
+
+    Prompts of equal length make a batch: padding would move int8 scales.
+    """
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, (prompt, _) in enumerate(looked):
         by_length[prompt.length].append(index)
-    answers = [""] * len(questions)
+    answers = [""] * len(looked)
     stop = stop_ids(loaded.model)
     for indices in by_length.values():
         for start in range(0, len(indices), _BATCH):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,24 +14,7 @@ from ..prompt import Picture
 from ..surgery.norms import widen
 from ..surgery.selection import TowerState, attached
 from ..surgery.talk import Change, see_picture, unchanged
-from ..surgery.vision import Seen, look, prepare
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A selector that keeps given positions, so that everything after the choice can be compared."""
-
-    method: str
-    kept: Tensor
-
-    def __call__(self, state: TowerState, keep: int) -> Tensor:
-        return self.kept
-
-    def scores(self, state: TowerState) -> Tensor | None:
-        return None
-
-    def regret(self, state: TowerState, kept: Tensor) -> Tensor:
-        return torch.zeros(())
+from ..surgery.vision import Seen, look, prepare, read_question
 
 
 def truth(model: Any) -> Any:
@@ -52,12 +34,11 @@ def choosing(model: Any, kept: Tensor | None) -> Iterator[None]:
     if selection is None or kept is None:
         yield
         return
-    before = selection.selector, selection.line_breaks
-    selection.selector, selection.line_breaks = Chosen(before[0].method, kept), "compete"
+    selection.forced = kept
     try:
         yield
     finally:
-        selection.selector, selection.line_breaks = before
+        selection.forced = None
 
 
 def see(model: Any, picture: Picture, kept: Tensor | None = None, change: Change = unchanged) -> Seen:
@@ -70,4 +51,4 @@ def see(model: Any, picture: Picture, kept: Tensor | None = None, change: Change
 def state(model: Any, picture: Picture, change: Change = unchanged) -> TowerState:
     """What a selector of the model looks at."""
     pixels = change(torch.from_numpy(picture.pixel_values)).to(model.dtype)
-    return look(model, pixels, prepare(model, picture.geometry))[1]
+    return look(model, pixels, prepare(model, picture.geometry), read_question(model, picture.question))[1]

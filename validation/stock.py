@@ -17,7 +17,7 @@ from PIL import Image
 from ..errors import ModelError
 from ..manifest import Bucket
 from ..prompt import Picture, Prompt, Prompter, assemble
-from ..surgery.load import Loaded, locate
+from ..surgery.load import Loaded, describe, locate
 from ..surgery.selection import attached
 from ..surgery.talk import Talk, see_all
 
@@ -31,7 +31,7 @@ _AROUND = (("vision_start_token_id", "image_start_token_id"), ("vision_end_token
 
 
 def check(loaded: Loaded) -> float:
-    """Compare the logits after a prompt with one image of every bucket.
+    """Compare the logits after a prompt with one image, or one clip, of every bucket.
 
     Returns:
         The worst distance, in units of the largest logit.
@@ -39,7 +39,7 @@ def check(loaded: Loaded) -> float:
     Raises:
         ModelError: they differ by more than rounding.
     """
-    return max(_processed(loaded, bucket.size) for bucket in attached(loaded.model).buckets)
+    return max(_processed(loaded, bucket) for bucket in attached(loaded.model).buckets)
 
 
 def check_bare(model: Any) -> float:
@@ -51,12 +51,13 @@ def check_bare(model: Any) -> float:
     return max(_bare(model, bucket) for bucket in attached(model).buckets)
 
 
-def _processed(loaded: Loaded, size: tuple[int, int]) -> float:
+def _processed(loaded: Loaded, bucket: Bucket) -> float:
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    prompter = Prompter(loaded.processor, attached(loaded.model).family.layout(loaded.model.config))
-    prompt = prompter([image], "Describe the image.")
-    return _compare(loaded.model, prompt, prompter.raw([image], "Describe the image."))
+    noise = rng.integers(0, 256, (bucket.frames, *bucket.size, 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in noise]
+    prompter = Prompter(loaded.processor, describe(loaded.model).layout)
+    prompt = prompter(images, "Describe the image.")
+    return _compare(loaded.model, prompt, prompter.raw(images, "Describe the image."))
 
 
 def _bare(model: Any, bucket: Bucket) -> float:

@@ -1,90 +1,85 @@
-"""The table of methods: each is a composition of pieces. Adding one is one row and at most one new piece."""
+"""The table of methods, and a row of it made callable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from ...surgery.selection import TowerState
-from . import scores, select
+from ...surgery.selection import Choice, Rows, TowerState
+from . import after, baselines, diversity, frames, grids, text, tiles, tower, trained
+from .method import Method, parse
 
+METHODS: dict[str, Method] = (
+    baselines.ROWS
+    | after.ROWS
+    | diversity.ROWS
+    | tiles.ROWS
+    | grids.ROWS
+    | text.ROWS
+    | frames.ROWS
+    | tower.ROWS
+    | trained.ROWS
+)
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table. `score` gives what `choose` ranks, from the state of the tower."""
-
-    summary: str
-    source: str
-    score: Callable[[TowerState], Tensor] | None
-    choose: Callable[[Tensor, int], Tensor] | None
-    regret: Callable[[Tensor, Tensor], Tensor] | None
-    attention: bool = False  # whether it scores by attention in the vision tower
-    constant: Callable[[int, int, int], list[int]] | None = None  # (tokens, keep, seed) -> positions
-    without_cls: str | None = None  # what it does on a tower without [CLS]
-
-
-METHODS: dict[str, Method] = {
-    "fastervlm": Method(
-        summary="tokens that [CLS] attends to most in the last block that runs",
-        source="FasterVLM, arXiv:2412.01818",
-        score=scores.attention_received,
-        choose=select.topk_select,
-        regret=select.topk_regret,
-        attention=True,
-        without_cls="this tower has no [CLS] token: the mean attention received from all tokens takes its place, "
-        "which did worse than random on examples/scenes-smol; compare `divprune`",
-    ),
-    "divprune": Method(
-        summary="the most diverse tokens, by greedy max-min cosine distance after the projector",
-        source="DivPrune, arXiv:2503.02175",
-        score=lambda state: scores.cosine_distance(state.project(state.tokens)),
-        choose=select.max_min_select,
-        regret=select.max_min_regret,
-    ),
-    "random": Method(
-        summary="a fixed random choice, the baseline to beat",
-        source="baseline",
-        score=None,
-        choose=None,
-        regret=None,
-        constant=lambda n, keep, seed: select.random_positions(n, keep, seed),
-    ),
-    "uniform": Method(
-        summary="evenly spaced tokens, the other baseline",
-        source="baseline",
-        score=None,
-        choose=None,
-        regret=None,
-        constant=lambda n, keep, seed: select.uniform_positions(n, keep),
-    ),
-}
+POOLS = ("image", "tile")  # who shares a budget
 
 
 @dataclass(frozen=True)
 class TableSelector:
-    """A row of the table made callable; see `surgery.selection.Selector`."""
+    """A row of the table made callable; see `surgery.selection.Selector`.
+
+    Args:
+        method: its name, with options as `name:option=value:…`.
+        seed: of methods that draw.
+        pool: `image` keeps the best of all tiles of an image, `tile` as many of each.
+        module: of a method with weights.
+    """
 
     method: str
     seed: int = 0
+    pool: str = "image"
+    module: Any = None  # with weights; the model holds it too
 
-    def __call__(self, state: TowerState, keep: int) -> Tensor:
-        row = METHODS[self.method]
-        if row.constant is not None:
-            return torch.tensor(row.constant(state.count, keep, self.seed))[None]
-        assert row.score is not None and row.choose is not None
-        return row.choose(row.score(state), keep)
+    @cached_property
+    def _parsed(self) -> tuple[Method, dict[str, Any]]:
+        row, options = parse(self.method, METHODS, "method")
+        return row, options | {"seed": self.seed, "module": self.module}
 
-    def scores(self, state: TowerState) -> Tensor | None:
-        """What the method ranks; None for a constant choice."""
-        row = METHODS[self.method]
-        return None if row.score is None else row.score(state)
+    @property
+    def outputs(self) -> Sequence[int]:
+        return () if self.module is None else self.module.blocks
 
-    def regret(self, state: TowerState, kept: Tensor) -> Tensor:
-        row = METHODS[self.method]
-        if row.constant is not None:
-            return select.same_for_all(row.constant(state.count, kept.shape[1], self.seed), kept)
-        assert row.score is not None and row.regret is not None
-        return row.regret(row.score(state), kept)
+    @property
+    def text(self) -> bool:
+        return self._parsed[0].text
+
+    def blocks(self, scored: Sequence[int]) -> Sequence[int]:
+        row, options = self._parsed
+        return () if row.blocks is None else row.blocks(scored, options)
+
+    def leaving(self, tokens: int, keep: int, blocks: int) -> tuple[int, ...]:
+        row, options = self._parsed
+        return () if row.inside is None else row.inside.leaving(tokens, keep, blocks, options)
+
+    def inside(self, rows: Rows, leave: int) -> Rows:
+        row, options = self._parsed
+        assert row.inside is not None
+        return row.inside.step(rows, leave, options)
+
+    def __call__(self, state: TowerState, keep: int) -> Choice:
+        row, options = self._parsed
+        if keep == state.count:
+            return Choice(torch.arange(keep)[None])
+        if self.pool == "image" or len(state.panels) < 2:
+            return row.choose(state, keep, options)
+        assert state.places is not None
+        tiles = [np.flatnonzero(state.places[:, 0] == tile) for tile in range(len(state.panels))]
+        each = [row.choose(state.only(t), keep // len(tiles), options).within(t, state.count) for t in tiles]
+        mixes = [choice.mix for choice in each if choice.mix is not None]
+        kept = torch.cat([choice.kept for choice in each], dim=1)
+        return Choice(kept, torch.cat(mixes, dim=1) if mixes else None)

@@ -23,6 +23,8 @@ from .llava import Llava
 class LlavaNext(Llava):
     """Tiles of the tower's own size; which grid follows from the picture's shape."""
 
+    rigid = Family.rigid
+
     def encode(self, model: Any, pixel_values: Tensor, geometry: Geometry, constants: Mapping[str, Any]) -> Encoded:
         return Family.encode(self, model, pixel_values, geometry, constants)
 

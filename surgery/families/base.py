@@ -22,6 +22,7 @@ from ...errors import ModelError
 from ...manifest import Bucket, Layout, Panel
 from ..anatomy import Language, Tower
 from ..known import known
+from ..merging import rigid
 from ..structure import (
     Parts,
     find_attention,
@@ -65,6 +66,7 @@ class Family:
     logits_scaling = -1  # the power of a config's `logits_scaling` that logits are multiplied with; Granite's divides
     tower_mask = True  # whether a mask that the tower makes for one image says anything
     fixed_tower: str | None = None  # why tower layers cannot be dropped: the config names some by number
+    rigid: str | None = "its visual tokens are not the rows of its tower, one for one"  # so none can leave inside it
     also: frozenset[str] = frozenset()  # fields that the config's class sets without declaring them
     refused: ClassVar[Mapping[str, tuple[Any, str]]] = {}  # config field -> (the one value that works, why)
 
@@ -100,14 +102,13 @@ class Family:
         return {name: numbers.reshape(_SHAPES.get(name, (-1, 2))) for name, numbers in flat.items()}
 
     def has_cls(self, config: Any) -> bool:
-        """Whether row 0 of the scored tower block is a [CLS] token."""
+        """Whether row 0 of each segment of the tower is a [CLS] token."""
         return False
 
-    def scored_attention(self, model: Any) -> Any | None:
-        """The tower attention that tokens are scored with: of the last block; None if the tower has none."""
-        layers = self.locate(model).tower_layers
-        found = find_attention(layers[-1]) if layers else None
-        return found if hasattr(found, "config") else None  # through which its q and k can be seen
+    def scored(self, model: Any) -> dict[int, Any]:
+        """The tower attentions that can score tokens, block -> module; empty if the tower has none."""
+        found = {i: find_attention(block) for i, block in enumerate(self.locate(model).tower_layers)}
+        return {i: module for i, module in found.items() if hasattr(module, "config")}  # else q and k cannot be seen
 
     def members(self, config: Any, geometry: Geometry) -> np.ndarray | None:
         """The patches behind each visual token, int64 [N, u], counted over all segments without [CLS]; -1 for none.
@@ -247,6 +248,7 @@ class Family:
             has_cls=self.has_cls(model.config),
             feature_layer=self.feature_layer(model.config, len(layers)),
             fixed=self.fixed_tower,
+            rigid=self.rigid or rigid(layers),
         )
 
     def language(self, model: Any, parts: Parts) -> Language:

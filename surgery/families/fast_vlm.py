@@ -22,8 +22,9 @@ class FastVlm(Family):
         side = round(bucket.tokens**0.5)
         return (Panel(rows=side, columns=side),) if side * side == bucket.tokens else ()
 
-    def scored_attention(self, model: Any) -> None:
+    def scored(self, model: Any) -> dict[int, Any]:
         """None: its attention blocks see a coarser grid than one patch per token would need."""
+        return {}
 
     def check(self, config: Any) -> None:
         super().check(config)

@@ -16,6 +16,7 @@ class PaliGemma(Family):
 
     prefix = "whole"
     first_position = 1
+    rigid = None
 
     def merge(self, config: Any) -> int:
         """Patches along one side of a visual token."""
@@ -43,6 +44,7 @@ class Gemma3(PaliGemma):
     prefix = "image"
     window_over_blocks = True
     first_position = 0
+    rigid = Family.rigid
 
     def masks(self, **given: Any) -> Any:
         return create_masks_for_vision_model(attention_mask=None, **given)

@@ -19,6 +19,8 @@ from .base import Encoded, Family, Geometry
 class Llava(Family):
     """One feature layer of the tower, [CLS] dropped where it has one."""
 
+    rigid = None
+
     def encode(self, model: Any, pixel_values: Tensor, geometry: Geometry, constants: Mapping[str, Any]) -> Encoded:
         parts = self.locate(model)
         out = parts.tower(pixel_values, output_hidden_states=True, return_dict=True)

@@ -13,7 +13,6 @@ import torch
 from transformers.vision_utils import get_vision_window_index
 
 from ...manifest import Bucket, Panel
-from ..structure import find_attention
 from .base import Family, Geometry, spatial_merge
 
 
@@ -37,10 +36,10 @@ class Qwen25VL(Qwen2VL):
 
     fixed_tower = "`fullatt_block_indexes` names blocks by number"
 
-    def scored_attention(self, model: Any) -> Any:
-        """Of the last block that sees the whole picture."""
-        full = max(model.config.vision_config.fullatt_block_indexes)
-        return find_attention(self.locate(model).tower_layers[full])
+    def scored(self, model: Any) -> dict[int, Any]:
+        """Of the blocks that see the whole picture."""
+        full = model.config.vision_config.fullatt_block_indexes
+        return {block: module for block, module in super().scored(model).items() if block in full}
 
     def members(self, config: Any, geometry: Geometry) -> np.ndarray:
         """Inside the tower groups of patches stand in the order of windows."""

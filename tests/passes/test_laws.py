@@ -37,19 +37,39 @@ def all_tokens(method: str) -> Maker:
     return lambda a: PruneTokens(keep=a.visual_tokens, method=method)
 
 
+# Clips and weights of one's own need more than a model: those methods have tests of their own.
+PLAIN = [name for name, row in METHODS.items() if not row.frames and row.module is None]
+PLAIN[PLAIN.index("mustdrop-vision")] += ":window=2"  # which divides the 4 x 4 tokens of tiny models
+
+
+def some_tokens(method: str) -> Maker:
+    """As many as the method can keep without keeping all."""
+
+    def make(a: Anatomy) -> Pass:
+        for keep in range(a.visual_tokens - 1, 0, -1):
+            try:
+                PruneTokens(keep=keep, method=method).plan(a)
+            except PassError:
+                continue
+            return PruneTokens(keep=keep, method=method)
+        raise AssertionError(f"{method} can keep no number of {a.visual_tokens} tokens")
+
+    return make
+
+
 # name of a pass -> (label, how to make it for an anatomy): settings that change nothing, settings that do.
 NEUTRAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {"again": lambda a: TrimTower()},  # every model here is trimmed first
     "drop-heads": {p: lambda a, p=p: DropHeads(part=p, fraction=0.0) for p in ("vision", "language")},
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
-    "prune-tokens": {method: all_tokens(method) for method in METHODS},
+    "prune-tokens": {method: all_tokens(method) for method in PLAIN},
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {},  # never changes a bit: test_trim_tower_is_exact
     "drop-heads": {p: one_head(p) for p in ("vision", "language")},
     "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
-    "prune-tokens": {m: lambda a, m=m: PruneTokens(keep=a.visual_tokens - 1, method=m) for m in METHODS},
+    "prune-tokens": {method: some_tokens(method) for method in PLAIN},
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.
@@ -101,7 +121,7 @@ def test_real_does_what_it_plans(kind: str, maker: Maker, tiny, logits) -> None:
     after = logits(loaded)
     assert after.isfinite().all()
     if isinstance(step, PruneTokens):
-        assert before.shape[1] - after.shape[1] == 2 * (full.visual_tokens - found.keep[0]) == 2  # two images
+        assert before.shape[1] - after.shape[1] == 2 * (full.visual_tokens - found.keep[0]) > 0  # two images
     else:
         assert after.shape == before.shape and not torch.equal(after, before)
 

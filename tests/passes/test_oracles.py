@@ -17,7 +17,7 @@ from vlmcut.passes.drop_layers import DropLayers, block_influence
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
 from vlmcut.passes.tokens.methods import METHODS
-from vlmcut.passes.tokens.scores import attention_received
+from vlmcut.passes.tokens.scores import received
 from vlmcut.prompt import Prompter
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.selection import attached
@@ -109,7 +109,14 @@ def test_dropped_layers_renumber_the_cache(trimmed, stock) -> None:
     close(step.logits[:, -1], whole.logits[:, -1], ATOL)  # float32: one row against many rows of the same product
 
 
-@pytest.mark.parametrize("method", METHODS)
+CHOOSERS = [
+    name
+    for name, row in METHODS.items()
+    if not (row.merges or row.grid or row.frames) and row.module is None and row.inside is None
+]
+
+
+@pytest.mark.parametrize("method", CHOOSERS)
 def test_pruned_tokens_equal_gathered_features(trimmed, logits, stock, prompt, method: str) -> None:
     """transformers' own features of both images, the kept rows of which are put into its own language model."""
     cut, other = trimmed(), trimmed()
@@ -140,7 +147,8 @@ def test_attention_received_is_the_models_own_map(trimmed, prompt) -> None:
     for picture in prompt(cut).pictures:
         pixels = torch.from_numpy(picture.pixel_values)
         with torch.no_grad():
-            score = attention_received(look(cut.model, pixels, prepare(cut.model, picture.geometry))[1])
+            state = look(cut.model, pixels, prepare(cut.model, picture.geometry))[1]
+            score = received(state, state.taps[-1])
             last = tower(pixels, output_attentions=True, return_dict=True).attentions[-1]
         (rows,) = a.segments[0]
         assert last.shape == (1, a.tower.heads[-1], rows, rows)
@@ -186,10 +194,11 @@ def test_attention_received_of_tiles_and_merged_patches(kind: str, size: tuple[i
     maps: list[torch.Tensor] = []
     parts = locate(eager.model)
     parts.tower.set_attn_implementation("eager")
-    last = about.family.scored_attention(eager.model)
+    last = max(about.family.scored(eager.model).items())[1]
     hook = last.register_forward_hook(lambda _, args, out: maps.append(out[1]))
     with torch.no_grad():
-        score = attention_received(look(cut.model, pixels, prepared)[1])
+        state = look(cut.model, pixels, prepared)[1]
+        score = received(state, state.taps[-1])
         encoded = about.family.encode(
             eager.model, pixels, picture.geometry, prepare(eager.model, picture.geometry).constants
         )
@@ -227,8 +236,7 @@ def test_attention_received_follows_the_patches_of_a_merger(kind: str, tiny) -> 
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randn(bucket.geometry["pixel_values"], generator=rng)
     constants = prepare(loaded.model, bucket.geometry).constants
-    attention = about.family.scored_attention(loaded.model)
-    (index,) = (i for i, b in enumerate(parts.tower_layers) if attention in list(b.modules()))
+    index = max(about.family.scored(loaded.model))
     for block in parts.tower_layers[index + 1 :]:  # what comes later mixes patches, in another way
         block.register_forward_hook(lambda _, args, out: args[0])
     moved = {"row": -1}

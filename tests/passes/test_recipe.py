@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import importlib
 from pathlib import Path
 
@@ -170,7 +171,7 @@ FLAGS = [
     ({"prune": 0.5, "keep": 4}, "--prune and --keep", "one of them"),
     ({"drop_heads": {"visoin": 0.5}}, "--drop-heads: no part `visoin`", "did you mean `vision`?"),
     ({"drop_layers": {"lang": 1}}, "--drop-layers: no part `lang`", "language"),
-    ({"method": "divprun"}, "--method divprun", "did you mean `divprune`?"),
+    ({"method": "divprun"}, "--method: no method `divprun`", "did you mean `divprune`?"),
     ({"quantize": "int9"}, "--quantize int9: unknown scheme", "did you mean `int8`?"),
 ]
 
@@ -195,7 +196,7 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (PruneTokens(keep=17), "keep=17, but `llava` makes 16", "choose 1 to 16"),
     (PruneTokens(keep=-3), "keep=-3", "choose 1 to 16"),
     (PruneTokens(keep=3, seed=-1), "seed=-1", "0 or more"),
-    (PruneTokens(keep=3, line_breaks="drpo"), "no policy `drpo` for line breaks", "did you mean `drop`?"),
+    (PruneTokens(keep=3, line_breaks="drpo"), "no policy `drpo` for line_breaks", "did you mean `drop`?"),
     (PruneTokens(keep=(3, 4)), "keep names 2 numbers for 1 image sizes", "one for each --image-size"),
     (PruneTokens(keep=()), "keep names 0 numbers for 1 image sizes", "one for each --image-size"),
     (PruneTokens(keep=3, method="fastvlm"), "no method `fastvlm`", "did you mean `fastervlm`?"),
@@ -276,12 +277,13 @@ def test_one_number_serves_every_bucket() -> None:
 
 
 def test_methods_that_need_attention_are_refused_without(tiny) -> None:
-    a = dataclasses.replace(TrimTower().plan(describe(tiny("llava").model)), scored=False)
-    for name, method in METHODS.items():
-        if not method.attention:
-            assert PruneTokens(keep=3, method=name).plan(a).method == name
-            continue
-        with pytest.raises(PassError, match=f"`{name}` scores tokens by attention in the vision tower") as caught:
+    a = dataclasses.replace(TrimTower().plan(describe(tiny("llava").model)), scored=())
+    scoring = [name for name, row in METHODS.items() if row.blocks is not None and not row.frames]
+    assert len(scoring) > 5
+    for name in ("divprune", "random", "uniform"):
+        assert PruneTokens(keep=3, method=name).plan(a).method == name
+    for name in scoring:
+        with pytest.raises(PassError, match=f"`{re.escape(name)}` scores tokens by attention in the vision tower") as caught:
             PruneTokens(keep=3, method=name).plan(a)
         assert caught.value.hint == "use divprune, random or uniform"
 

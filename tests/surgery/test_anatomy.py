@@ -20,7 +20,7 @@ def test_describe_reads_the_modules(tiny) -> None:
     a = describe(tiny("llava").model)
     t, lm = a.tower, a.language
     assert (t.layers, t.feature_layer, t.patch_size, t.matrices, t.has_cls) == (5, 4, 8, 2, True)
-    assert (a.segments, a.breaks, a.scored) == (((17,),), (0,), True)  # 16 patches and [CLS]
+    assert (a.segments, a.breaks, a.scored) == (((17,),), (0,), (0, 1, 2, 3, 4))  # 16 patches and [CLS]
     assert [(b.size, b.tokens, b.line_breaks) for b in a.buckets] == [((32, 32), 16, ())]
     assert (lm.layers, lm.heads[0], lm.kv_heads[0], lm.head_dim, lm.tied) == (3, 6, 3, 32, True)
     assert (*a.keep, a.visual_tokens) == (16, 16) and a.method is None and a.quantized == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -17,11 +18,12 @@ from vlmcut.errors import BundleError, ParityError
 from vlmcut.manifest import ExactnessRow, Layout, read
 from vlmcut.passes import recipe
 from vlmcut.passes.tokens import select
-from vlmcut.passes.tokens.methods import TableSelector
+from vlmcut.passes.tokens.scores import received
 from vlmcut.prompt import Picture, Prompt, assemble
 from vlmcut.runtime.sessions import Graphs, Sight
 from vlmcut.surgery.load import describe
-from vlmcut.surgery.selection import attached
+from vlmcut.surgery.picking import Judge
+from vlmcut.surgery.selection import Choice, attached
 from vlmcut.validation import cases, exactness, reference, report
 from vlmcut.validation.exactness import MULTIPLE, Exactness
 
@@ -180,15 +182,13 @@ class Fixed:
 
     score: Tensor
     method: str = "fastervlm"
+    text: bool = False
 
-    def __call__(self, state: Any, keep: int) -> Tensor:
-        return select.topk_select(self.score, keep)
+    def blocks(self, scored: Any) -> Any:
+        return ()
 
-    def scores(self, state: Any) -> Tensor:
-        return self.score.to(state.tokens.dtype)
-
-    def regret(self, state: Any, kept: Tensor) -> Tensor:
-        return select.topk_regret(self.score, kept)
+    def __call__(self, state: Any, keep: int) -> Choice:
+        return Choice(select.ascending(state.top(self.score.to(state.tokens.dtype), keep)))
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-3])
@@ -197,7 +197,9 @@ def test_another_choice_counts_by_its_score(gap: float, model: Any) -> None:
     score = torch.linspace(1, 0, 16, dtype=torch.float64)[None].clone()
     score[0, 5] = score[0, 4] - gap
     exact = reference.truth(model)
-    attached(exact).selection.selector = Fixed(score)  # type: ignore[union-attr]
+    model = copy.deepcopy(model)
+    for either in (exact, model):
+        attached(either).selection.selector = Fixed(score)  # type: ignore[union-attr]
     kept = exactness._Kept()
     kept.look(model, exact, BLACK, torch.tensor([[0, 1, 2, 3, 4]]))
     assert (kept.images, kept.other, kept.regret) == (1, 0, 0.0)
@@ -219,7 +221,8 @@ class OtherChoice:
         return getattr(self.graphs, name)
 
     def vision(self, picture: Picture) -> Sight:
-        score = attached(self.model).selection.scores(reference.state(self.model, picture))  # type: ignore[union-attr]
+        state = reference.state(self.model, picture)
+        score = received(state, state.taps[-1])
         seen = reference.see(self.model, picture, self.choose(score))
         return Sight(seen.features.numpy(), seen.kept.numpy())
 
@@ -238,8 +241,14 @@ def test_bundle_that_differs_within_noise_is_accepted_with_a_note(
     row = next(r for r in verdict.rows if r.output == "kept")
     assert not row.ok and row.max_abs > row.tolerance and not verdict.ok  # no tie in these pictures
 
-    real = TableSelector.regret  # as if the pictures had ties: the scores differ by no more than rounding
-    monkeypatch.setattr(TableSelector, "regret", lambda self, state, kept: real(self, state, kept) * 1e-6)
+    real = Judge.top  # as if the pictures had ties: the scores differ by no more than rounding
+
+    def closer(self: Judge, score: Tensor, count: int) -> Tensor:
+        chosen = real(self, score, count)
+        self.calls[-1] = replace(self.calls[-1], shortfall=self.calls[-1].shortfall * 1e-6)
+        return chosen
+
+    monkeypatch.setattr(Judge, "top", closer)
     verdict, recorded = measure(model, other)  # type: ignore[arg-type]
     row = next(r for r in verdict.rows if r.output == "kept")
     assert row.ok and 0 < row.max_abs <= row.tolerance
