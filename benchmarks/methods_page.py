@@ -16,7 +16,7 @@ from pathlib import Path
 
 from families import SIZES
 from vlmcut import pipeline
-from vlmcut.errors import PassError
+from vlmcut.errors import PassError, VlmcutError
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.tokens.method import Method
 from vlmcut.passes.tokens.methods import METHODS, TableSelector
@@ -39,8 +39,8 @@ _TAKES = f"""
 ## Which family takes which
 
 Planned on a tiny model of each family with one picture, a quarter of its tokens kept; methods that compare frames with
-a clip of {FRAMES}. A number is a note below: what `plan` says instead, and the fix. `fast_vlm` is not shown: its tower
-has no attention that belongs to tokens, and no blocks of equal width.
+a clip of {FRAMES}. A number is a note below: what `plan` says instead, and the fix. `fast_vlm` is not shown: its
+tower has no attention that belongs to tokens, so methods that look at attention are refused.
 
 """
 
@@ -96,27 +96,37 @@ def _linked(source: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
 
 
-def anatomies(frames: int) -> dict[str, Anatomy]:
-    """Every family's tiny model, trimmed, for one picture or one clip; no weight is made."""
-    found = {}
+def anatomies(frames: int) -> dict[str, Anatomy | str]:
+    """Every family's tiny model, trimmed, for one picture or one clip, or why it takes none; no weight is kept."""
+    found: dict[str, Anatomy | str] = {}
     for kind in KINDS:
-        size = SIZES[kind][:1]
-        request = pipeline.Request(model=f"tiny:{kind}", image_size=size, frames=frames, text_tokens=8, new_tokens=2)
-        found[kind] = TrimTower().plan(pipeline.plan(request).before)
+        request = pipeline.Request(
+            model=f"tiny:{kind}", image_size=SIZES[kind][:1], frames=frames, text_tokens=8, new_tokens=2
+        )
+        try:
+            found[kind] = TrimTower().plan(pipeline.plan(request).before)
+        except VlmcutError as error:
+            found[kind] = _said(error)
     return found
 
 
-def refusal(name: str, a: Anatomy) -> str | None:
+def refusal(name: str, a: Anatomy | str) -> str | None:
     """Why a family does not take a method at a quarter of its tokens, with the fix; None if it does."""
+    if isinstance(a, str):
+        return a
     try:
         PruneTokens(keep=kept_tokens(a.visual_tokens, _RATIO), method=name).plan(a)
     except PassError as error:
-        text = str(error).removeprefix(f"{PruneTokens.name}: ")
-        return text if error.hint is None else f"{text}; {error.hint}"
+        return _said(error).replace(f"`{a.family}`", "the model")
     return None
 
 
-def families_table(pictures: Mapping[str, Anatomy], clips: Mapping[str, Anatomy]) -> str:
+def _said(error: VlmcutError) -> str:
+    text = str(error).removeprefix(f"{PruneTokens.name}: ")
+    return text if error.hint is None else f"{text}; {error.hint}"
+
+
+def families_table(pictures: Mapping[str, Anatomy | str], clips: Mapping[str, Anatomy | str]) -> str:
     """Methods by families, and the notes."""
     notes: dict[str, int] = {}
     lines = [f"| method | {' | '.join(pictures)} |", f"|---|{'---|' * len(pictures)}"]

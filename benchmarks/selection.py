@@ -274,6 +274,8 @@ class Bench:
             taps = {tap.block: tap for tap in self.state.taps}
             state = replace(self.state, taps=tuple(taps[b] for b in wanted), text=self.text if row.text else None)
             module = Selecting(self.model, state, selection, keep, bucket.line_breaks)
+            with torch.no_grad():
+                module(*module.inputs().values())  # the exporter would undo what it writes down
             alone = Timed(self.model, module, module.inputs(), ["features", "kept"])
             projector = self._projector() if module.projected else None
             for _ in range(self.rounds):

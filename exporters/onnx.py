@@ -93,7 +93,35 @@ def _simplify(model: ir.Model) -> None:
     CommonSubexpressionEliminationPass()(model)
     optimizer.optimize_ir(model, should_fold=fold)
     CommonSubexpressionEliminationPass()(model)
+    _take_few(model)
     RemoveUnusedNodesPass()(model)
+
+
+def _take_few(model: ir.Model) -> None:
+    """A sort of which only the first so many are read becomes a TopK of so many, which need not sort the rest."""
+    for node in list(model.graph):
+        if node.op_type != "TopK" or any(value.is_graph_output() for value in node.outputs):
+            continue
+        uses = [use.node for value in node.outputs for use in value.uses()]
+        counts = {_first_few(reader, node.attributes["axis"].as_int()) for reader in uses}
+        if len(counts) != 1 or None in counts:
+            continue
+        node.replace_input_with(1, uses[0].inputs[2])
+        for value in node.outputs:
+            value.shape = uses[0].outputs[0].shape
+        for reader in uses:
+            assert reader.inputs[0] is not None
+            reader.outputs[0].replace_all_uses_with(reader.inputs[0], replace_graph_outputs=True)
+
+
+def _first_few(node: ir.Node, axis: int) -> int | None:
+    """The count of a slice from the first to a count on this axis."""
+    if node.op_type != "Slice" or not all(_constant(value) for value in node.inputs[1:]):
+        return None
+    start, end, axes, *step = ([int(x) for x in value.const_value.numpy()] for value in node.inputs[1:])
+    rank = len(node.outputs[0].shape)
+    plain = start == [0] and len(axes) == 1 and axes[0] % rank == axis % rank and step in ([], [[1]])
+    return end[0] if plain else None
 
 
 def _constant(value: ir.Value | None) -> bool:

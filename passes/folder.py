@@ -24,8 +24,8 @@ from ..surgery.selection import attached
 from . import recipe as recipes
 from .int8 import Int8Embedding
 from .prune_tokens import PruneTokens
-from .tokens.learned.weights import ATTRIBUTE
 from .recipe import Recipe
+from .tokens.learned.weights import ATTRIBUTE
 
 SOURCE_CONFIG = "source_config.json"
 RECIPE = "recipe.toml"

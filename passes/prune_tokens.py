@@ -143,6 +143,11 @@ class PruneTokens(Pass):
         found = [f"{self.method}: {row.without_cls}"] if row.without_cls and not a.tower.has_cls else []
         if row.text:
             found.append(f"{self.method} depends on the question: another question needs another look at the picture")
+        if row.inside is not None:
+            found.append(
+                f"{self.method} chooses inside the tower, where near ties cannot be judged: graphs must keep the very "
+                "same tokens, which float16 may miss"
+            )
         if any(a.breaks):
             found.append(f"line breaks between rows of tiles: {self.line_breaks}")
         return found
@@ -163,7 +168,7 @@ class PruneTokens(Pass):
         selector, (row, _) = self._selector(), parse(self.method, METHODS, self.name)
         if row.module is not None:
             module = weights.read(row.module, self.weights).exported().to(model.dtype)
-            model.add_module(weights.ATTRIBUTE, module)  # its weights are the model's: graphs, casts, folders carry them
+            model.add_module(weights.ATTRIBUTE, module)  # a part of the model: graphs, casts, folders carry it
             selector = replace(selector, module=module)
         attached(model).selection = Selection(selector, planned.keep, self.line_breaks)
 

@@ -191,13 +191,18 @@ def _joined(frames: list[Encoded]) -> Encoded:
 def see(model: Any, pixel_values: Tensor, prepared: Prepared, keep: int, text: Text | None = None) -> Seen:
     """Encode one image and keep `keep` of its tokens, a Python int."""
     encoded, state = look(model, pixel_values, prepared, text, keep)
-    about = attached(model)
-    if about.selection is None:
+    return chosen(model, encoded, state, keep, attached(model).bucket(prepared.geometry).line_breaks)
+
+
+def chosen(model: Any, encoded: Encoded, state: TowerState, keep: int, breaks: tuple[int, ...]) -> Seen:
+    """What goes on of an image that was looked at; `breaks` are the positions of its newline tokens."""
+    selection = attached(model).selection
+    if selection is None:
         tokens, kept, levels = encoded.tokens, torch.arange(encoded.tokens.shape[0]), encoded.levels
     elif state.arrived is not None:
         tokens, kept, levels = encoded.tokens, state.arrived[0], ()
     else:
-        choice = about.selection.choose(state, keep, about.bucket(prepared.geometry).line_breaks)
+        choice = selection.choose(state, keep, breaks)
         kept, levels = choice.kept[0], tuple(map(choice.take, encoded.levels))
         if choice.features is not None:
             return Seen(choice.features[0], kept, levels)

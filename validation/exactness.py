@@ -251,6 +251,7 @@ class _Kept:
 
     images: int = 0
     other: int = 0
+    inside: bool = False  # tokens left inside the tower
     regret: float = 0.0
     noise: float = 0.0
 
@@ -271,7 +272,7 @@ class _Kept:
         breaks = about.bucket(picture.geometry).line_breaks
         state = reference.state(exact, picture)
         if state.arrived is not None:  # which tokens met in the tower cannot be told from those that came out of it
-            equal = torch.equal(kept, state.arrived)
+            equal, self.inside = torch.equal(kept, state.arrived), True
             self.other += not equal
             self.regret = max(self.regret, 0.0 if equal else float("inf"))
             return
@@ -298,6 +299,8 @@ class _Kept:
     def note(self) -> str:
         if not self.other:
             return f"equal on {self.images} images"
+        if self.inside:
+            return f"other tokens on {self.other} of {self.images} images; inside the tower near ties cannot be judged"
         return f"other tokens on {self.other} of {self.images} images; the distance is what their scores fall short by"
 
 

@@ -19,7 +19,7 @@ from ..surgery.families.base import Encoded
 from ..surgery.load import Loaded
 from ..surgery.selection import Selection, Selector, TowerState, attached
 from ..surgery.talk import see_picture
-from ..surgery.vision import Seen, look, prepare, read_question
+from ..surgery.vision import Seen, chosen, look, prepare, read_question
 from . import quality
 from .quality import Question
 from .sweep_plan import ORIGINAL, Cell, Design, Progress, applied
@@ -118,27 +118,19 @@ def glance(model: Any, picture: Picture, selectors: Sequence[Selector]) -> Look:
 @torch.no_grad()
 def choose(model: Any, seen: Look, picture: Picture) -> Seen:
     """As `vision.see` with the model's selection, from what the tower made before."""
-    about, encoded = attached(model), seen.encoded
-    selection = about.selection
-    if selection is None:
-        tokens, kept, levels = encoded.tokens, torch.arange(len(encoded.tokens)), encoded.levels
-    else:
-        selector = selection.selector
-        taps = {tap.block: tap for tap in seen.state.taps}
-        outputs = dict(zip(seen.outputs, seen.state.outputs, strict=True))
+    about, state = attached(model), seen.state
+    bucket, keep = about.buckets[seen.bucket], about.keep(seen.bucket)
+    if about.selection is not None:
+        selector = about.selection.selector
+        taps = {tap.block: tap for tap in state.taps}
+        outputs = dict(zip(seen.outputs, state.outputs, strict=True))
         state = replace(
-            seen.state,
+            state,
             taps=tuple(taps[block] for block in selector.blocks(sorted(about.family.scored(model)))),
             outputs=tuple(outputs[block] for block in selector.outputs),
             text=read_question(model, picture.question),
         )
-        choice = selection.choose(state, selection.keep[seen.bucket], about.buckets[seen.bucket].line_breaks)
-        kept, levels = choice.kept[0], tuple(map(choice.take, encoded.levels))
-        if choice.features is not None:
-            return Seen(choice.features[0], kept, levels)
-        tokens = choice.take(encoded.tokens)
-    features = tokens if encoded.project is None else encoded.project(tokens[None])[0]
-    return Seen(features, kept, levels)
+    return chosen(model, seen.encoded, state, keep, bucket.line_breaks)
 
 
 @dataclass(frozen=True)

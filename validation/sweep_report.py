@@ -214,7 +214,8 @@ def picture(found: Sweep) -> Any:
         right.axvspan(min(draws), max(draws), color=colour, alpha=0.12, lw=0)
         right.axvline(100 * found.bar(keep), color=colour, lw=1, ls="--")
         mine = [c for c in found.plan.cells if c.keep == keep]
-        heights = [specs.index(c.method) for c in mine]
+        aside = 0.6 * ((found.plan.keeps.index(keep) + 0.5) / len(found.plan.keeps) - 0.5)  # equal ones both show
+        heights = [specs.index(c.method) - aside for c in mine]
         right.scatter([100 * found.accuracy(c) for c in mine], heights, s=24, color=colour, lw=0, zorder=3)
     right.axvline(100 * found.accuracy(None), color="black", lw=1)
     right.set_yticks(range(len(specs)), specs, fontsize=8)

@@ -64,7 +64,7 @@ def _refuse_rows(place: Place, options: Options) -> Refusal | None:
     if len(widths) > 1:
         return (
             f"rows of {' and '.join(map(str, widths))} tokens cannot be ranked together",
-            'choose a method that needs no rows, or pool = "tile"',
+            "choose a method that needs no rows, such as fopru-rank",
         )
     if place.keep % widths[0]:
         return f"{place.keep} tokens are not whole rows of {widths[0]}", f"choose {_nearest(place, 0, widths[0])}"
@@ -319,6 +319,8 @@ ROWS = {
         blocks=last,
         refuse=_refuse_vispruner,
         without_cls=_RECEIVED,
+        differs="those that stay in a round keep their order by attention; the code sorts half of them by likeness, so "
+        "that rounding in one round changes who is compared in the next",
     ),
     "mustdrop-vision": Method(
         title="MustDrop (vision stage)",

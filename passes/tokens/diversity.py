@@ -130,7 +130,7 @@ ROWS = {
         options={"pivots": 4},
         refuse=_refuse_dart,
         differs="works on projected tokens, the paper on keys and hidden states of language layer 2; pivots are visual "
-        "tokens alone, the paper adds four text tokens of the question; pivots add in ascending order, and the last one "
+        "tokens alone, the paper adds four text tokens of the question; pivots add in ascending order, and the last "
         "fills up to keep",
     ),
 }

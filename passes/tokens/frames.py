@@ -46,13 +46,13 @@ def _top(state: TowerState, own: range, score: Tensor, count: int) -> Tensor:
     return state.pick.only(torch.tensor(own)).top(score, count) + own.start
 
 
-def _alone(place: Place) -> Refusal | None:
-    """Why this clip cannot be compared frame by frame."""
-    frames = place.bucket.frames
-    if frames < 2:
-        return f"this method compares the frames of a clip, which has {frames}", "use --frames 2 or more"
-    if place.bucket.panels and place.panels < frames:
-        return f'this method compares {frames} frames, and pool = "tile" shows it one at a time', 'use pool = "image"'
+def _torn(place: Place) -> Refusal | None:
+    """Why frames cannot be compared here."""
+    if place.bucket.panels and place.panels < place.frames:
+        return (
+            f'this method compares {place.frames} frames, and pool = "tile" shows it one at a time',
+            'use pool = "image"',
+        )
     return None
 
 
@@ -68,9 +68,9 @@ def _evs(state: TowerState, keep: int, options: Options) -> Choice:
 
 
 def _refuse_evs(place: Place, options: Options) -> Refusal | None:
-    if alone := _alone(place):
-        return alone
-    length = place.tokens // place.bucket.frames
+    if torn := _torn(place):
+        return torn
+    length = place.tokens // place.frames
     if place.keep < length:
         return (
             f"{place.keep} of {place.tokens} tokens, but the first frame keeps all of its {length}",
@@ -95,9 +95,9 @@ def _dycoke(state: TowerState, keep: int, options: Options) -> Choice:
 
 
 def _refuse_dycoke(place: Place, options: Options) -> Refusal | None:
-    if alone := _alone(place):
-        return alone
-    frames = place.bucket.frames
+    if torn := _torn(place):
+        return torn
+    frames = place.frames
     if frames % _GROUP:
         return f"this method compares groups of {_GROUP} frames, and a clip has {frames}", f"use a multiple of {_GROUP}"
     groups, length = frames // _GROUP, place.tokens // frames
@@ -182,19 +182,19 @@ def blend(tokens: Tensor, centres: Tensor, free: Tensor, alpha: float) -> Tensor
 
 
 def _refuse_fastvid(place: Place, options: Options) -> Refusal | None:
-    if alone := _alone(place):
-        return alone
+    if torn := _torn(place):
+        return torn
     for name in ("segments", "anchors", "neighbours"):
         if options[name] < 1:
             return f"{name}={options[name]}", "choose 1 or more"
     for name in ("context", "alpha"):
         if not 0 <= options[name] <= 1:
             return f"{name}={options[name]}", "choose from 0 to 1"
-    frames = place.bucket.frames
+    frames = place.frames
     segments, length = min(options["segments"], frames), place.tokens // frames
     if place.keep < segments:
         return f"{place.keep} tokens of {segments} segments", f"choose {segments} or more"
-    for frame in _plan(frames, place.keep, options):
+    for frame in _plan(frames, place.keep, options) if place.keep < place.tokens else ():
         if frame.salient + frame.context > length:
             return (
                 f"{place.keep} of {place.tokens} tokens are {frame.salient} of the most attended and {frame.context} "
@@ -218,9 +218,9 @@ def _videoscan(state: TowerState, keep: int, options: Options) -> Choice:
 
 
 def _refuse_videoscan(place: Place, options: Options) -> Refusal | None:
-    if alone := _alone(place):
-        return alone
-    frames = place.bucket.frames
+    if torn := _torn(place):
+        return torn
+    frames = place.frames
     if place.keep % frames:
         legal = range(frames, place.tokens + 1, frames)
         return (

@@ -45,6 +45,9 @@ def derived(state: TowerState, wanted: Tensor, taken: Tensor, count: int) -> Ten
     return ascending(state.top(torch.where(taken, -math.inf, wanted.to(torch.float32)), count))
 
 
+_NOTHING = 1e-5  # of the largest: less than this is float32 rounding
+
+
 def greedy(state: TowerState, gain: Gain, keep: int, block: int = 1) -> Tensor:
     """One token after another, each the one that adds most to those already taken: int64 [1, keep], ascending.
 
@@ -138,20 +141,25 @@ def coverage(cover: Tensor) -> Gain:
 def dpp(kernel: Tensor) -> Gain:
     """Growth of the kernel's determinant over the taken tokens: greedy MAP of a determinantal point process.
 
+    More tokens than the kernel has rank leave rounding alone to rank the rest; then its diagonal does.
+
     Args:
         kernel: symmetric, positive semidefinite, float32 or wider, [B, N, N].
     """
     value = kernel.diagonal(dim1=-2, dim2=-1)[:, None]  # what taken tokens leave of each, squared; -inf: is taken
+    rest = value * _NOTHING  # what a token counts of which they leave nothing
+    floor = rest.amax(dim=-1, keepdim=True)
     factor: Tensor | None = None  # Cholesky factor of the kernel over the taken tokens: a row for each, [B, t, N]
     while True:
-        latest = yield value.squeeze(1)
+        latest = yield torch.where(value > floor, value, rest).squeeze(1)
         for one in latest.split(1, dim=-1) if latest.shape[1] > 1 else (latest,):
             row, at = _rows(kernel, one), one[:, None]
             if factor is not None:
                 row = row - factor.gather(2, at.expand(-1, factor.shape[1], -1)).transpose(1, 2) @ factor
-            row = row / value.gather(2, at).clamp(min=1e-12).sqrt()  # late in the loop rounding alone is left
+            left = value.gather(2, at)
+            row = torch.where(left > floor, row / left.clamp(min=1e-30).sqrt(), 0.0)
             factor = row if factor is None else torch.cat([factor, row], dim=1)
-            value = (value - row * row).scatter(2, at, -math.inf)
+            value, rest = (value - row * row).scatter(2, at, -math.inf), rest.scatter(2, at, -math.inf)
 
 
 def _rows(rows: Tensor, latest: Tensor) -> Tensor:
@@ -230,23 +238,22 @@ def dilated(marked: Tensor, neighbours: np.ndarray) -> Tensor:
 
 
 def without_twins(ranked: Tensor, similarity: Tensor, count: int, step: int) -> Tensor:
-    """Thin a list out until `count` are left: int64 [B, R] -> [B, count].
+    """Thin a list out until `count` are left: int64 [B, R] -> [B, count], in the order of the list.
 
-    In each round every second one, from the first, is compared with all between; the `step` that have the most similar
-    partner leave. The others of them go on, most similar first, before those that they were compared with (VisPruner).
-    Unrolled: (R - count) / step rounds of a dozen operators.
+    In each round every second one, from the first, is compared with all between, and the `step` that have the most
+    similar partner leave (VisPruner). Unrolled: (R - count) / step rounds of a dozen operators.
 
     Args:
         similarity: of all tokens, symmetric, [B, N, N].
     """
     n = similarity.shape[-1]
+    rows = similarity.flatten(0, 1)
     while (length := ranked.shape[1]) > count:
         even, odd = ranked[:, ::2], ranked[:, 1::2]
-        between = similarity.gather(1, even[..., None].expand(-1, -1, n))
-        between = between.gather(2, odd[:, None].expand(-1, even.shape[1], -1))
-        leave = min(step, length - count, even.shape[1])
-        others = topk(between.amax(dim=-1), even.shape[1])[:, leave:]
-        ranked = torch.cat([even.gather(1, others), odd], dim=1)
+        partners = torch.where(mark(odd, n)[:, None], embedding(_through(even, n), rows), -math.inf)
+        gone = topk(partners.amax(dim=-1), min(step, length - count, even.shape[1]))
+        stay = (~mark(2 * gone, length)).to(torch.float32)
+        ranked = ranked.gather(1, topk(stay, length - gone.shape[1]))  # of equals the first: in order
     return ranked
 
 

@@ -137,7 +137,7 @@ def _globalcom2(state: TowerState, keep: int, o: Options) -> Choice:
     whole = score.index_select(1, torch.from_numpy(seen.thumbnail))
     local = score.index_select(1, torch.from_numpy(seen.crops))
     richness = torch.softmax(whole @ torch.from_numpy(areas(seen)).to(whole.dtype) / o["tau"], dim=-1)
-    rate = (keep / state.count * (1 + richness - richness.mean(dim=-1, keepdim=True))).clamp(max=1)
+    rate = 1 + richness - richness.mean(dim=-1, keepdim=True)  # times keep / N; none takes more than a tile has
     weights = rate * torch.from_numpy(seen.sizes[1:]).to(rate.dtype)
     units = seen.units[seen.crops] - 1
     both = _unit_rows(local, units) + _unit_rows(resized(seen, whole), units)
@@ -175,7 +175,7 @@ ROWS = {
         without_cls="the mean attention received in the first block says what a tile holds, a poor proxy; in the last, "
         "what a token is worth",
         differs="the areas of tiles are true areas, not rows of a flattened mask; counts are completed to keep by "
-        "largest remainder, where the paper leaves a few unused",
+        "largest remainder, where the paper leaves a few unused, and what tiles have no room for goes to others",
     ),
     "globalcom2": Method(
         title="GlobalCom2",

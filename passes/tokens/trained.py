@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import PassError
 from ...surgery.selection import Choice, TowerState
 from .baselines import uniform_positions
 from .learned import weights
@@ -36,7 +37,8 @@ def learned_score(state: TowerState, keep: int, score: Tensor) -> Choice:
 
 
 def compressed(state: TowerState, keep: int, features: Tensor) -> Choice:
-    """Tokens of a module's own, [1, T, hidden]: in the middles of equal parts of the grid, or evenly spaced along it."""
+    """Tokens of a module's own, [1, T, hidden]: in the middles of equal parts of the grid, or evenly spaced."""
+    assert features.shape[1] == keep
     rows, columns = _grid(state)
     grid = shape(rows, columns, keep)
     places = uniform_positions(state.count, keep) if grid is None else centres(rows, columns, *grid)
@@ -48,14 +50,13 @@ def _grid(state: TowerState) -> tuple[int, int]:
     return panel.rows, panel.columns
 
 
-def refuse_score(place: Place, options: Options) -> Refusal | None:
+def refuse_score(place: Place, header: weights.Header) -> Refusal | None:
     """Refuse weights that are not for this model."""
-    header = weights.head(options["kind"], options["weights"])
     why = header.module.refuse(1, place.tokens, place.keep)
-    return weights.refuse_widths(header, place.anatomy) or (why and (why, weights.FIX)) or None
+    return weights.refuse_widths(header, place.anatomy) or ((why, weights.FIX) if why else None)
 
 
-def refuse_first_layer(place: Place, options: Options) -> Refusal | None:
+def refuse_first_layer(place: Place, header: weights.Header) -> Refusal | None:
     """Refuse a language model whose first layer does not attend by one axis of positions."""
     a = place.anatomy
     if a.layout.axes != 1 or not a.language.heads[0]:
@@ -64,13 +65,12 @@ def refuse_first_layer(place: Place, options: Options) -> Refusal | None:
             f"{a.layout.axes}, and {a.language.heads[0]} heads in that layer",
             "use covipal, which looks at embeddings",
         )
-    return refuse_score(place, options)
+    return refuse_score(place, header)
 
 
-def refuse_grid(place: Place, options: Options) -> Refusal | None:
+def refuse_grid(place: Place, header: weights.Header) -> Refusal | None:
     """Refuse anything but one grid of tokens, a patch each, and weights or a count that do not fit it."""
     a, bucket = place.anatomy, place.bucket
-    header = weights.head(options["kind"], options["weights"])
     if a.layout.axes != 1:
         return (
             f"tokens that are made of several would have to share places of {a.layout.axes} axes (M-RoPE), not 1",
@@ -92,28 +92,34 @@ def refuse_grid(place: Place, options: Options) -> Refusal | None:
         )
     panel = bucket.panels[0]
     why = header.module.refuse(panel.rows, panel.columns, place.keep)
-    return weights.refuse_widths(header, a) or (why and (why, "give other weights or another --keep")) or None
+    return weights.refuse_widths(header, a) or ((why, "give other weights or another --keep") if why else None)
 
 
 def _method(
     kind: type[weights.Learned],
     choose: Callable[[TowerState, int, Any], Choice],
-    refuse: Callable[[Place, Options], Refusal | None],
+    refuse: Callable[[Place, weights.Header], Refusal | None],
     **row: Any,
 ) -> Method:
     """A row whose `choose` gets the module, and whose option names its file."""
+
+    def refuse_file(place: Place, options: Options) -> Refusal | None:
+        try:
+            header = weights.head(kind, options["weights"])
+        except PassError as error:
+            return str(error), error.hint or weights.FIX
+        return refuse(place, header)
+
     return Method(
         choose=lambda s, keep, o: choose(s, keep, o["module"]),
-        refuse=lambda place, o: refuse(place, {**o, "kind": kind}),
+        refuse=refuse_file,
         options={"weights": ""},
         module=kind,
         **row,
     )
 
 
-def _compressor(
-    kind: type[weights.Learned], features: Callable[[TowerState, int, Any], Tensor], **row: Any
-) -> Method:
+def _compressor(kind: type[weights.Learned], features: Callable[[TowerState, int, Any], Tensor], **row: Any) -> Method:
     def choose(state: TowerState, keep: int, module: Any) -> Choice:
         return compressed(state, keep, features(state, keep, module))
 
@@ -174,7 +180,7 @@ ROWS = {
         lambda s, keep, m: m(s.outputs[0], *_grid(s), keep),
         title="TokenFLEX",
         source="arXiv:2504.03154",
-        summary="adaptive pooling to any smaller grid and a SwiGLU projector trained for several, trained",
+        summary="adaptive pooling to any smaller grid and a SwiGLU projector trained for several",
         differs="the projector's width is the file's, its linears have no bias; " + _NAMES,
     ),
     "wtc": _compressor(

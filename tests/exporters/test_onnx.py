@@ -7,12 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from vlmcut.exporters import onnx as exporter
-from vlmcut.exporters.components import components
+from vlmcut.exporters.components import Component, components
 from vlmcut.exporters.graphs import keeping
 from vlmcut.exporters.operators import OPSET, Standard
 from vlmcut.manifest import TokenBudget
@@ -207,3 +209,28 @@ def test_an_unpruned_model_has_a_kept_too(tiny) -> None:
     outputs = vision(loaded, 16).graph.output
     shapes = {o.name: [d.dim_value for d in o.type.tensor_type.shape.dim] for o in outputs}
     assert shapes == {"image_features": [16, 48], "kept": [1, 16]}
+
+
+class Few(torch.nn.Module):
+    """The first so many of a sort, twice; of another sort also the rest."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        few = torch.sort(x, dim=-1, descending=True, stable=True)
+        other = torch.sort(-x, dim=-1, descending=True, stable=True).indices
+        return few.indices[:, :3] + 0, few.values[:, :3] + 0, other[:, :3] + 0, other[:, 1:4] + 0
+
+
+def test_a_sort_of_which_few_are_read_sorts_few(tiny: Any) -> None:
+    """TopK takes the count that is read; a sort that is read elsewhere too stays whole. Ties go to the lower index."""
+    x = torch.tensor([[1.0, 3, 3, 0, 2, 3, 1, 2]])
+    names = ("places", "values", "others", "rest")
+    component = Component(role="vision", module=Few(), inputs={"x": x}, outputs=names)
+    graph = exporter.export(component, tiny("llava").model, Standard())
+    sorts = [node for node in graph.graph if node.op_type == "TopK"]
+    counts = [int(np.asarray(node.inputs[1].const_value.numpy()).item()) for node in sorts]
+    assert sorted(counts) == [3, 8]
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(list(names), {"x": x.numpy()})
+    for have, want in zip(found, Few()(x), strict=True):
+        np.testing.assert_array_equal(have, want.numpy())
+    assert found[0].tolist() == [[1, 2, 5]]

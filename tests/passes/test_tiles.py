@@ -290,6 +290,22 @@ def test_globalcom2_is_the_papers(grid: tuple[int, int], keep: int, tau: float, 
     assert chosen(f"globalcom2:tau={tau}", seen, keep).kept[0].tolist() == globalcom2(seen, keep, grid, 4, tau)
 
 
+@pytest.mark.parametrize("keep", [23, 41, 44])
+def test_globalcom2_shares_by_room_and_richness(keep: int) -> None:
+    """Tiles at the picture's edge are cut: of 12 tokens, where the others have 16."""
+    seen = stitched(3, 2, cut=1, dtype=torch.float64, seed=5)
+    found = tiles(seen)
+    assert found is not None and found.sizes.tolist() == [16, 12, 12, 16, 16, 12, 12]
+    rich = np.array(attention(seen, 1)[0]) @ areas(found)
+    sigma = np.exp(rich / 0.05) / np.exp(rich / 0.05).sum()
+    weights = keep / 96 * (1 + sigma - sigma.mean()) * found.sizes[1:]
+    assert (weights < found.sizes[1:]).all()  # no rate is above 1
+    full = keep * 16 // 96
+    want = [full, *remainder((weights / weights.sum() * (keep - full)).tolist(), keep - full)]
+    kept = chosen("globalcom2:tau=0.05", seen, keep).kept[0].numpy()
+    assert np.bincount(found.units[kept], minlength=7).tolist() == want
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_split_follows_the_picture(spec: str) -> None:
     """Otherwise a constant split would do."""

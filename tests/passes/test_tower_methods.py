@@ -241,7 +241,8 @@ def test_ties_go_to_the_lower_place() -> None:
 
 def test_half_precision_comes_back_and_is_summed_wide() -> None:
     rows = synthetic(9, True, 4, False)
-    small = Rows.whole(rows.x.half(), True).seen(replace(rows.tap, rows=((rows.x.half()[:, None],) * 2,)))  # type: ignore[type-var]
+    half = rows.x.half()
+    small = Rows.whole(half, True).seen(Tap(0, ((half[:, None], half[:, None]),), 1.0))
     for cut in (merge(small, 3), depart(small, 3, True)):
         assert cut.x.dtype == torch.float16 and cut.size.dtype == torch.float32
         assert cut.x.isfinite().all()
@@ -268,6 +269,13 @@ def seen_by(model: Any, seed: int = 5) -> Seen:
     return see(model, pixels(model, seed).to(model.dtype), prepare(model, about.buckets[0].geometry), about.keep(0))
 
 
+def never(rows: Rows, count: int) -> Rows:
+    raise AssertionError("nothing was to leave")
+
+
+NOTHING: Any = (dict.fromkeys(range(4)), (0,) * 4, never, False)  # of the four blocks of either tower
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_nothing_leaves_nothing_changes(kind: str, spec: str, tiny) -> None:
     want = seen_by(tiny(kind).model)
@@ -276,17 +284,16 @@ def test_nothing_leaves_nothing_changes(kind: str, spec: str, tiny) -> None:
     assert torch.equal(seen_by(loaded.model).features, want.features)
     # And through the hook, which `keep = all` goes round: no step is asked, no bit moves.
     layers, about = locate(loaded.model).tower_layers, attached(loaded.model)
-    with between(layers, dict.fromkeys(range(len(layers))), (0,) * len(layers), lambda rows, count: 1 / 0, False):  # type: ignore[arg-type,return-value]
-        with torch.no_grad():
-            about.selection = None
-            again = see(loaded.model, pixels(loaded.model).float(), prepare(loaded.model, about.buckets[0].geometry), 16)
+    about.selection = None
+    with between(layers, *NOTHING):
+        again = seen_by(loaded.model)
     assert torch.equal(again.features, want.features)
     assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_the_hook_leaves_blocks_alone_after_an_error(tiny) -> None:
-    layers = locate(tiny("llava").model).tower_layers
-    with pytest.raises(ZeroDivisionError), between(layers, dict.fromkeys(range(len(layers))), (0,) * len(layers), max, True):  # type: ignore[arg-type]  # fmt: skip
+    layers = locate(tiny("llava").model).tower_layers[:4]
+    with pytest.raises(ZeroDivisionError), between(layers, *NOTHING):
         assert all("forward" in vars(layer) for layer in layers)
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in layers)
@@ -368,7 +375,8 @@ def test_two_identical_tokens_are_one_of_size_two(kind: str, tiny) -> None:
     parts = pre_norm(block)
     assert parts is not None
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 6, parts.norm1.weight.shape[0], generator=rng, dtype=torch.float64)  # type: ignore[union-attr,index]
+    width: Any = parts.norm1.weight
+    x = torch.randn(1, 6, len(width), generator=rng, dtype=torch.float64)
     x[:, 2] = x[:, 1]
     with torch.no_grad():
         q = parts.norm1(x)[:, None]  # keys whose cosine is 1 for copies alone
@@ -401,7 +409,7 @@ def test_it_fires(kind: str, spec: str, tiny, logits) -> None:
 
 @pytest.mark.parametrize("spec", ["tome", "early-exit"])
 def test_work_falls(kind: str, spec: str, tiny) -> None:
-    """Predicted by a loop over blocks; what is measured on examples/scenes is in the README."""
+    """Predicted as a loop over blocks counts it."""
     loaded = tiny(kind)
     make([]).apply(loaded.model, None)
     full, cut = describe(loaded.model), describe(pruned(loaded, 8, spec).model)
@@ -432,10 +440,17 @@ def vision_graph(loaded: Loaded, operators: Operators) -> Any:
     return ort.InferenceSession(ir.to_proto(made).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("operators", [Contrib(), Standard()], ids=["contrib", "standard"])
-@pytest.mark.parametrize("spec", ["tome", "turbo", "early-exit:fuse=true"])
-def test_graphs_are_eager(kind: str, spec: str, operators: Operators, tiny) -> None:
-    loaded = pruned(tiny(kind), BUDGET.visual_tokens, spec)
+@pytest.mark.parametrize(
+    ("model", "spec", "operators"),
+    [
+        ("llava", "turbo", Contrib()),
+        ("llava", "tome", Standard()),
+        ("llava-siglip-qwen2", "tome", Contrib()),
+        ("llava-siglip-qwen2", "early-exit:fuse=true", Contrib()),
+    ],
+)
+def test_graphs_are_eager(model: str, spec: str, operators: Operators, tiny) -> None:
+    loaded = pruned(tiny(model), BUDGET.visual_tokens, spec)
     session = vision_graph(loaded, operators)
     for seed in range(4):
         want = seen_by(loaded.model, seed)
@@ -459,6 +474,7 @@ def test_what_a_runtime_kept_is_judged_exactly(tiny) -> None:
     other[0, -1] = next(i for i in range(15, 0, -1) if i not in right[0].tolist())
     verdict.look(loaded.model, exact, picture, other.sort().values)
     assert verdict.regret == math.inf
+    assert verdict.note == "other tokens on 1 of 2 images; inside the tower near ties cannot be judged"
     # What comes after is compared on the model's own tokens, whatever a runtime kept.
     forced = reference.see(loaded.model, picture, other.sort().values)
     assert torch.equal(forced.kept, right[0])
@@ -495,11 +511,13 @@ def refused(a: Any, *passes: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_vl", "idefics3", "fast_vlm"])
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen2_vl", "idefics3", "internvl"])
 @pytest.mark.parametrize("spec", ["tome", "turbo", "early-exit"])
 def test_families_whose_tokens_are_no_rows(family: str, spec: str, tiny) -> None:
     a = describe(tiny(family).model)
-    assert "one for one, so none can leave inside it" in refused(a, PruneTokens(keep=a.visual_tokens - 1, method=spec, line_breaks="compete"))
+    assert "one for one, so none can leave inside it" in refused(
+        a, PruneTokens(keep=a.visual_tokens - 1, method=spec, line_breaks="compete")
+    )
 
 
 def test_paligemma_can(tiny) -> None:
@@ -514,7 +532,9 @@ def test_budgets_that_cannot_be_met(tiny) -> None:
         "prune-tokens: keep=1, but merging pairs in 3 blocks leaves 2 of 16 tokens"
     )  # fmt: skip
     for steps in (0, 5):
-        assert f"steps={steps} in a tower of 4 blocks" in refused(a, PruneTokens(keep=4, method=f"early-exit:steps={steps}"))
+        assert f"steps={steps} in a tower of 4 blocks" in refused(
+            a, PruneTokens(keep=4, method=f"early-exit:steps={steps}")
+        )
     with pytest.raises(PassError, match="still has 5 layers of which 4"):
         PruneTokens(keep=8, method="tome").plan(a)
     clip = replace(a.buckets[0], frames=2)
@@ -526,6 +546,9 @@ def test_order_of_passes(tiny) -> None:
     tome = PruneTokens(keep=8, method="tome")
     assert "tokens leave between the 4 blocks" in refused(a, tome, DropLayers(part="vision", count=1))
     assert "int8 already" in refused(a, Quantize(), tome)
+    assert "int8 steps move which ones" in refused(a, tome, Quantize())
+    make([PruneTokens(keep=16, method="tome"), Quantize()]).plan(a)  # nothing leaves
+    assert "near ties cannot be judged" in tome.notes(a)[-1]
 
 
 def test_only_plain_blocks_are_taken(tiny) -> None:

@@ -1,18 +1,26 @@
-"""Timing is positive and adds up; a drawing shows exactly what was kept."""
+"""Timing is positive and adds up; a drawing shows exactly what was kept, by one method or by several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import vlmcut
 from PIL import Image
-from vlmcut.errors import BundleError
-from vlmcut.manifest import Panel
+from vlmcut.errors import BundleError, ModelError
+from vlmcut.manifest import Bucket, Panel
+from vlmcut.passes.recipe import make
+from vlmcut.prompt import Prompter
 from vlmcut.runtime.bench import bench, full_prompt
-from vlmcut.runtime.overlay import draw, overlay, seen_picture
+from vlmcut.runtime.overlay import draw, fitting_picture, overlay, seen_picture
+from vlmcut.surgery.load import Loaded, describe
+from vlmcut.surgery.talk import see_picture
+from vlmcut.validation.gallery import gallery, sheet
+from vlmcut.validation.sweep_plan import Cell, applied
 
 EDGE = (255, 210, 60)
 CELL = 120  # pixels of one of 4 x 4 patches
@@ -163,3 +171,72 @@ def test_overlay_without_panels_is_refused(model: vlmcut.Bundle, monkeypatch: py
     monkeypatch.setattr(model, "manifest", replace(model.manifest, buckets=(bucket,)))
     with pytest.raises(BundleError, match="does not know where the visual tokens"):
         overlay(model, Image.new("RGB", (32, 32)))
+
+
+def test_picture_that_tokens_lie_on(model: vlmcut.Bundle) -> None:
+    """One raster: what the processor left. Tiles: the whole picture."""
+    images = model.prompter.processor.image_processor
+    red = Image.new("RGB", (20, 10), "red")
+    one = Bucket(size=(32, 32), geometry={}, tokens=16, panels=(Panel(rows=4, columns=4),))
+    pixels = np.zeros((1, 3, 32, 32), np.float32)
+    assert fitting_picture(images, pixels, one, red).size == (32, 32)
+    tiles = replace(one, panels=one.panels * 2)
+    assert fitting_picture(images, np.zeros((2, 3, 32, 32), np.float32), tiles, red).size == (20, 10)
+    assert fitting_picture(images, pixels[0], one, red).size == (20, 10)
+
+
+def test_sheet_has_a_title_above_each() -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9), (99, 9, 9)]
+    drawings = [(f"number {i}", Image.new("RGB", (480, 480), colour)) for i, colour in enumerate(colours)]
+    whole = np.asarray(sheet(drawings))
+    assert whole.shape == (2 * (480 + 34) + 16, 3 * 480 + 2 * 16, 3)  # five in rows of three and two
+    for i, colour in enumerate(colours):
+        top, left = i // 3 * (480 + 34 + 16), i % 3 * (480 + 16)
+        assert (whole[top + 34 : top + 34 + 480, left : left + 480] == colour).all()
+        title = whole[top : top + 34, left : left + 480]
+        assert (title == 255).all(axis=-1).mean() > 0.5 and (title == 0).any()
+    assert (whole[514 + 16 :, 2 * 496 :] == 255).all()  # no sixth
+
+
+def test_sheet_of_a_narrow_picture_keeps_titles_apart() -> None:
+    title = "a-method-with-many-options:alpha=0.1:beta=0.2: 36 of 144"
+    whole = sheet([(title, Image.new("RGB", (60, 480))), (title, Image.new("RGB", (60, 480)))])
+    assert whole.width > 2 * 500 and whole.height == 480 + 34
+
+
+def test_gallery_draws_what_each_method_keeps(tiny: Callable[[str], Loaded]) -> None:
+    image, colours = mosaic(4, 4, 8, seed=3)
+    loaded = tiny("llava")
+    a = describe(loaded.model)
+    methods = ["uniform", "divprune", "visionzip", "tome", "cdpruner"]
+    drawing, found = gallery("tiny:llava", a, image, methods, (5,), question="What is red?")
+    make([]).apply(loaded.model, None)
+    (picture,) = Prompter(loaded.processor, a.layout)([image], "What is red?").pictures
+    for number, (method, one) in enumerate(zip(methods, found, strict=True)):
+        with applied(loaded.model, Cell(method, (5,))):
+            want = see_picture(loaded.model, picture).kept.numpy()
+        assert (one.method, one.tokens) == (method, 16)
+        np.testing.assert_array_equal(one.positions, want)
+        top, left = number // 3 * (480 + 34 + 16) + 34, number % 3 * (480 + 16)
+        check(np.asarray(drawing)[top : top + 480, left : left + 480], set(want.tolist()), colours, 4, 4)
+    assert len({tuple(one.positions) for one in found}) > 2
+
+
+def test_gallery_without_panels_is_refused(tiny: Callable[[str], Loaded]) -> None:
+    a = describe(tiny("llava").model)
+    blind = replace(a, buckets=(replace(a.buckets[0], panels=()),))
+    with pytest.raises(ModelError, match="does not know where the visual tokens"):
+        gallery("tiny:llava", blind, Image.new("RGB", (32, 32)), ["uniform"], (5,))
+
+
+def test_overlay_asks_what_it_is_told(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    prompt = model.prompt
+
+    def record(images: Any, text: str, *, fit: bool = False) -> Any:
+        asked.append(text)
+        return prompt(images, text, fit=fit)
+
+    monkeypatch.setattr(model, "prompt", record)
+    overlay(model, Image.new("RGB", (32, 32)), question="What is red?")
+    assert asked == ["What is red?"]

@@ -4,9 +4,11 @@
     python examples/scenes/scorers/train.py covipal        # one of them
 
 `covipal` and `task-conv` learn what the language model itself looks at: the attention that the last token of the prompt
-and the answer pay to each visual token in layer LAYER, summed over heads. `tokenflex` and `wtc` make 36 tokens of 144
-and learn to make the frozen language model say what it says with all of them. The held-out images are not touched; the
-pictures are 32, the questions 192, so that these weights are an example and not a benchmark.
+and the answer pay to each visual token, summed over heads and layers. With the 36 tokens of most such attention the
+model answers all 192 calibration questions as with all 144; those of layer 3 alone serve for 82 %. `wtc` makes 36
+tokens of 144 and learns to make the frozen language model say what it says with all of them.
+
+The held-out images are not touched. The pictures are 32, the questions 192: these weights are an example, no benchmark.
 """
 
 from __future__ import annotations
@@ -36,24 +38,20 @@ from vlmcut.surgery.vision import embed_question, look, prepare
 
 HERE = Path(__file__).resolve().parent
 SCENES = HERE.parent
-LAYER = 3  # of 6, counted from 0
-KEEP = 36  # tokens that a compressor makes of 144
 BATCH = 32
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "covipal": {"hidden": 128, "inner": 32},
     # Narrower than the paper's 32 to 512, which would be 700 kB.
     "task-conv": {"channels": [16, 32, 64, 64, 128], "kernel": 7, "hidden": 128},
-    "tokenflex": {"width": 128, "hidden": 128, "inner": 144, "blocks": [5]},
     "wtc": {"hidden": 128},
 }
-STEPS = {"covipal": 600, "task-conv": 600, "tokenflex": 1500, "wtc": 600}
+STEPS = {"covipal": 600, "task-conv": 600, "wtc": 100}
 
 
 @dataclass
 class Sample:
     """One question with its answer. L text tokens, of which the last A + 1 are the answer and the end."""
 
-    rows: Tensor  # what the last tower block that runs gives, [N, width]
     visual: Tensor  # projected tokens, [N, hidden]
     before: Tensor  # embeddings of the prompt before the image
     after: Tensor  # and after it, answer included
@@ -70,15 +68,15 @@ def read_samples(loaded: Any, folder: Path) -> list[Sample]:
     model, tokenizer = loaded.model, loaded.processor.tokenizer
     prompter = Prompter(loaded.processor, describe(model).layout)
     embed = model.get_input_embeddings()
-    seen: dict[str, tuple[Tensor, TowerState]] = {}
+    seen: dict[str, TowerState] = {}
     found = []
     for line in read_questions(folder):
         prompt = prompter([open_image(folder / line["image"])], line["question"])
         picture = prompt.pictures[0]
         if line["image"] not in seen:
             pixels = torch.from_numpy(picture.pixel_values)
-            seen[line["image"]] = ((s := look(model, pixels, prepare(model, picture.geometry))[1]).tokens[0], s)
-        rows, state = seen[line["image"]]
+            seen[line["image"]] = look(model, pixels, prepare(model, picture.geometry))[1]
+        state = seen[line["image"]]
         ids, place = (torch.from_numpy(x)[0] for x in (prompt.input_ids, prompt.visual_index >= 0))
         start, end = int(place.nonzero()[0]), int(place.nonzero()[-1]) + 1
         said = tokenizer(f" {line['answer']}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
@@ -86,13 +84,12 @@ def read_samples(loaded: Any, folder: Path) -> list[Sample]:
         asked = TowerState(state.tokens, state.project, text=text, first=partial(first_layer, model))
         after = embed(torch.cat([ids[end:], torch.tensor(said)]))
         visual = state.project(state.tokens)[0]
-        sample = Sample(
-            rows, visual, embed(ids[:start]), after, len(said), text.embeddings[0], first_attention(asked)[0]
-        )
+        sample = Sample(visual, embed(ids[:start]), after, len(said), text.embeddings[0], first_attention(asked)[0])
         out = locate(model).language(
             inputs_embeds=sequence(sample, visual)[None], use_cache=False, output_attentions=True
         )
-        looked = out.attentions[LAYER][0, :, answers(sample, len(visual)), start:end].sum(dim=(0, 1))
+        looked = sum(a[0, :, answers(sample, len(visual)), start:end].sum(dim=(0, 1)) for a in out.attentions)
+        assert isinstance(looked, Tensor)
         sample.target = looked / looked.sum()
         sample.says = model.lm_head(out.last_hidden_state[0, answers(sample, len(visual))]).log_softmax(dim=-1)
         found.append(sample)
@@ -132,13 +129,10 @@ def looks(module: Any, batch: list[Sample], method: str) -> Tensor:
     return functional.kl_div(score.log_softmax(dim=-1), target, reduction="batchmean")
 
 
-def says(model: Any, module: Any, batch: list[Sample], method: str) -> Tensor:
+def says(model: Any, module: Any, batch: list[Sample]) -> Tensor:
     """KL of what the model says with all tokens from what it says with a compressor's, mean over answer tokens."""
-    side = round(batch[0].rows.shape[0] ** 0.5)
-    if method == "wtc":
-        made = module(torch.stack([s.visual for s in batch]), side, side)
-    else:
-        made = module(torch.stack([s.rows for s in batch]), side, side, KEEP)
+    side = round(len(batch[0].visual) ** 0.5)
+    made = module(torch.stack([s.visual for s in batch]), side, side)
     x = pad_sequence([sequence(s, v) for s, v in zip(batch, made, strict=True)], batch_first=True)  # causal: harmless
     states = locate(model).language(inputs_embeds=x, use_cache=False).last_hidden_state
     have = torch.cat([states[i, answers(s, made.shape[1])] for i, s in enumerate(batch)])
@@ -161,7 +155,7 @@ def train(method: str, loss_of: Callable[[Any, list[Sample]], Tensor], samples: 
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0 or step == steps:
+        if step % 50 == 0 or step == steps:
             spent = time.perf_counter() - started
             print(f"{method} {step}/{steps}: loss {loss.item():.4f} ({spent:.0f} s)", flush=True)
     return module
@@ -181,10 +175,8 @@ def main() -> None:
     loaded.model.requires_grad_(False).set_attn_implementation("eager")  # the only one that shows its attention
     samples = read_samples(loaded, SCENES / "calibration")
     for method in options.methods or ARGUMENTS:
-        if method in ("covipal", "task-conv"):
-            module = train(method, partial(looks, method=method), samples, options.seed)
-        else:
-            module = train(method, partial(says, loaded.model, method=method), samples, options.seed)
+        loss = partial(says, loaded.model) if method == "wtc" else partial(looks, method=method)
+        module = train(method, loss, samples, options.seed)
         path = options.output / f"{method}.safetensors"
         weights.save(module, ARGUMENTS[method], path)
         print(f"{path.name}: {path.stat().st_size:,} bytes", flush=True)

@@ -30,9 +30,7 @@ class QueryCompressor(Learned):
 
     method = "query-compressor"
 
-    def __init__(
-        self, *, width: int, hidden: int, inner: int, heads: int, blocks: Sequence[int], window: int
-    ) -> None:
+    def __init__(self, *, width: int, hidden: int, inner: int, heads: int, blocks: Sequence[int], window: int) -> None:
         super().__init__()
         self.blocks, self.window = tuple(blocks), window
         self.question = nn.Sequential(nn.Linear(hidden, width), nn.LayerNorm(width))

@@ -1,4 +1,4 @@
-"""Task-related compression (generic token compression, methods.md A15): five convolutions over early attention.
+"""Task-related compression (generic token compression, arXiv:2506.01097): five convolutions over early attention.
 
 What the question attends to in the language model's first layer is a poor guide as it is, and enough for a small
 network to find the tokens that matter.

@@ -31,7 +31,9 @@ class TokenFlex(Learned):
     def refuse(self, rows: int, columns: int, keep: int) -> str | None:
         if len(self.blocks) != 1:
             return f"tokenflex reads one tower block, its weights name {len(self.blocks)}"
-        return None if shape(rows, columns, keep) else f"{keep} tokens are no grid of the proportions of {rows}x{columns}"
+        return (
+            None if shape(rows, columns, keep) else f"{keep} tokens are no grid of the proportions of {rows}x{columns}"
+        )
 
     def forward(self, x: Tensor, rows: int, columns: int, keep: int) -> Tensor:
         """[B, rows * columns, width] -> [B, keep, hidden]."""

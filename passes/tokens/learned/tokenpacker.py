@@ -22,9 +22,7 @@ class TokenPacker(Learned):
 
     method = "tokenpacker"
 
-    def __init__(
-        self, *, width: int, hidden: int, inner: int, heads: int, blocks: Sequence[int], window: int
-    ) -> None:
+    def __init__(self, *, width: int, hidden: int, inner: int, heads: int, blocks: Sequence[int], window: int) -> None:
         super().__init__()
         self.blocks, self.window = tuple(blocks), window
         self.query = nn.Sequential(nn.Linear(width, inner), nn.LayerNorm(inner))

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ....errors import PassError, nearest
 from ....surgery.anatomy import Anatomy
@@ -147,9 +147,10 @@ def seeded(kind: type[Learned], arguments: Mapping[str, Any], seed: int) -> Lear
     """The module with random weights, none of them zero or one: for training, and to try an export."""
     rng = torch.Generator().manual_seed(seed)
     module = kind(**arguments)
-    for parameter in module.parameters():
-        fan = parameter[0].numel() if parameter.dim() > 1 else 16
-        noise: Tensor = torch.randn(parameter.shape, generator=rng) * fan**-0.5
-        parameter.data = noise if parameter.dim() > 1 else parameter.data + 0.1 * noise
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=rng)
+        if parameter.dim() > 1:
+            parameter.data = noise * parameter[0].numel() ** -0.5
+        else:
+            parameter.data = float(name.endswith("weight")) + 0.1 * noise  # of a norm, or a bias
     return module
-
