@@ -436,6 +436,8 @@ def test_no_file(method: str, tmp_path: Path) -> None:
         ("covipal", {"inner": "2.5"}, ("inner", "2.5")),
         ("covipal", {"inner": "0"}, ("inner", "'0'")),
         ("covipal", {"inner": "true"}, ("inner", "true")),
+        ("covipal", {"inner": "[10]"}, ("inner", "a whole number")),
+        ("tokenflex", {"blocks": "3"}, ("blocks", "a list")),
         ("covipal", {"inner": "12"}, ("[10, 48]", "[12, 48]")),
         ("task-conv", {"channels": "[]"}, ("channels",)),
         ("tokenpacker", {"heads": "5"}, ("5 heads", "12")),

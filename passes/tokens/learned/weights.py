@@ -121,11 +121,11 @@ def _open(method: str, path: str) -> tuple[dict[str, str], dict[str, tuple[int, 
 
 
 def _arguments(kind: type[Learned], path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    known = {p.name for p in inspect.signature(kind).parameters.values()}
+    known = {p.name: p.annotation for p in inspect.signature(kind).parameters.values()}
     given = {name: value for name, value in metadata.items() if name not in ("method", "format")}
-    if unknown := sorted(given.keys() - known):
+    if unknown := sorted(given.keys() - known.keys()):
         raise PassError(f"`{path}`: unknown metadata `{unknown[0]}`", hint=nearest(unknown[0], known))
-    if missing := sorted(known - given.keys()):
+    if missing := sorted(known.keys() - given.keys()):
         raise PassError(f"`{path}`: its metadata lack `{missing[0]}`", hint=f"it needs {', '.join(sorted(known))}")
     found: dict[str, Any] = {}
     for name, text in given.items():
@@ -135,8 +135,10 @@ def _arguments(kind: type[Learned], path: str, metadata: Mapping[str, str]) -> d
             value = text
         numbers = value if isinstance(value, list) else [value]
         least = 0 if name == "blocks" else 1
-        if not numbers or any(type(n) is not int or n < least for n in numbers):
-            raise PassError(f"`{path}`: {name} = {text!r} is not made of whole numbers from {least}", hint=FIX)
+        one = known[name] in (int, "int")
+        if not numbers or one == isinstance(value, list) or any(type(n) is not int or n < least for n in numbers):
+            many = "a whole number" if one else "a list of whole numbers"
+            raise PassError(f"`{path}`: {name} = {text!r} is not {many} from {least}", hint=FIX)
         found[name] = value
     if found.get("inner", 0) % found.get("heads", 1):
         raise PassError(f"`{path}`: {found['heads']} heads do not divide a width of {found['inner']}", hint=FIX)
@@ -144,7 +146,7 @@ def _arguments(kind: type[Learned], path: str, metadata: Mapping[str, str]) -> d
 
 
 def seeded(kind: type[Learned], arguments: Mapping[str, Any], seed: int) -> Learned:
-    """The module with random weights, none of them zero or one: for training, and to try an export."""
+    """The module with random weights, none of them zero or one: to try an export before anything is trained."""
     rng = torch.Generator().manual_seed(seed)
     module = kind(**arguments)
     for name, parameter in module.named_parameters():
