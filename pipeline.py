@@ -105,6 +105,8 @@ def plan(request: Request) -> Plan:
     recipe = _recipe(request, before)
     after = recipe.plan(before)
     keeps = tuple((k,) * len(before.buckets) for k in request.keep) or (after.keep,)
+    for keep in keeps:
+        recipe.keeping(keep).plan(before)  # a method may take one number and not another
     budgets = tuple(
         TokenBudget(
             images=request.images,

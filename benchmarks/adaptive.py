@@ -90,8 +90,8 @@ def main() -> None:
     vlmcut convert examples/scenes --keep 14,144 -o out
     vlmcut run out --adaptive --image examples/scenes/images/0000.png --prompt "Where is the 9?"
 
-The smallest budget answers first. Where it was not sure, the next larger one answers again, up to the largest, which always
-answers. How sure an answer is: the smallest probability of one of its greedy tokens, the one that ends it included.
+The smallest budget answers first. Where it was not sure, the next larger one answers again, up to the largest, which
+always answers. How sure an answer is: the smallest probability of one of its greedy tokens, the ending one included.
 `--confidence` sets the threshold, {CONFIDENCE} if it is not given. Which budget answered goes to stderr.
 
 VisionThink (arXiv:2507.13348) and AdaptVision train a model to ask for more; this is a rule on any bundle with several

@@ -2,7 +2,7 @@
 
 | graph | input | shape | dtype |
 |---|---|---|---|
-| vision, one for each bucket | pixel_values | as the family's processor gives it for one image, or [frames, …] | float |
+| vision, one for each bucket | pixel_values | as the processor gives it for one image, [frames, …] of a clip | float |
 | | text_ids, if the method depends on the question | [1, M] | int64, padded |
 | | text_length, with it | [1] | int64 |
 | prefill | input_ids, visual_index | [1, S] | int64 |
@@ -19,8 +19,8 @@ Outputs: vision gives image_features [K, hidden], kept [1, K] int64 and deepstac
 logits [1, vocabulary] of the last token and a present_… for each past_…, which may share its memory. Of an attention
 layer: key and value [1, kv_heads, C, head_dim]; of a short convolution (LFM2): conv [1, channels, taps].
 
-The vision graph takes one image, or one clip of frames: a prompt with fewer images than its budget pays only for those it has, images may have
-different sizes, and an int8 scale never depends on the neighbour.
+The vision graph takes one image, or one clip of frames: a prompt with fewer than its budget pays only for those it
+has, images may have different sizes, and an int8 scale never depends on the neighbour.
 """
 
 from __future__ import annotations

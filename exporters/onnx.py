@@ -118,8 +118,11 @@ def _first_few(node: ir.Node, axis: int) -> int | None:
     """The count of a slice from the first to a count on this axis."""
     if node.op_type != "Slice" or not all(_constant(value) for value in node.inputs[1:]):
         return None
-    start, end, axes, *step = ([int(x) for x in value.const_value.numpy()] for value in node.inputs[1:])
-    rank = len(node.outputs[0].shape)
+    values = [v.const_value.numpy().tolist() for v in node.inputs[1:] if v is not None and v.const_value is not None]
+    shape = node.outputs[0].shape
+    if shape is None:
+        return None
+    (start, end, axes, *step), rank = values, len(shape)
     plain = start == [0] and len(axes) == 1 and axes[0] % rank == axis % rank and step in ([], [[1]])
     return end[0] if plain else None
 

@@ -49,10 +49,9 @@ class DropLayers(Pass):
         check_part(self.name, self.part)
         if self.part == "vision" and a.tower.fixed:
             raise PassError(f"{self.name}: vision layers of `{a.family}` cannot go: {a.tower.fixed}", hint="drop heads")
-        if self.part == "vision" and a.leaving:
+        if self.part == "vision" and a.method is not None:  # which may name blocks, or leave from them
             raise PassError(
-                f"{self.name}: tokens leave between the {a.tower.layers} blocks of the tower by `{a.method}`, counted "
-                "for that many",
+                f"{self.name}: `{a.method}` counts on the {a.tower.layers} blocks that the tower has",
                 hint="put drop-layers before prune-tokens",
             )
         layers, most = self._layers(a), len(self._candidates(a)) - (self.part == "language")

@@ -48,6 +48,12 @@ class Recipe:
             a = step.plan(a)
         return a
 
+    def keeping(self, keep: tuple[int, ...]) -> Recipe:
+        """The same with so many tokens of an image of each bucket: one recipe serves several budgets."""
+        return Recipe(
+            tuple(dataclasses.replace(p, keep=keep) if isinstance(p, PruneTokens) else p for p in self.passes)
+        )
+
     def notes(self, a: Anatomy) -> list[str]:
         """What the user should know about each pass, in order."""
         found = []

@@ -97,9 +97,7 @@ def attach(model: Any, buckets: tuple[Bucket, ...], selection: Selection | None 
     return model
 
 
-def make_buckets(
-    config: Any, processor: Any, sizes: tuple[Size, ...] = (), frames: int = 1
-) -> tuple[Bucket, ...]:
+def make_buckets(config: Any, processor: Any, sizes: tuple[Size, ...] = (), frames: int = 1) -> tuple[Bucket, ...]:
     """The buckets of pictures of these sizes, or clips of so many; one of the family's own size for none.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,7 @@ def parse(spec: str, methods: Mapping[str, Method], where: str) -> tuple[Method,
     Raises:
         PassError: an unknown method or option, or a value of another type.
     """
-    name, *given = spec.split(":")
+    name, *given = re.split(r":(?=[a-z_]*=|[^:/\\\\]*$)", spec)  # a value may be a path with a colon
     if name not in methods:
         raise PassError(f"{where}: no method `{name}`", hint=nearest(name, methods))
     row = methods[name]

@@ -30,7 +30,10 @@ KINDS = (
     "paligemma", "gemma3", "mistral3", "pixtral", "lfm2_vl",
 )  # fmt: skip
 OWN = [name for name, row in METHODS.items() if row.module is None]
-SPEC = {"mustdrop-vision": "mustdrop-vision:window=2", "dart": "dart:pivots=1"}  # tiny rasters are smaller than defaults
+SPEC = {
+    "mustdrop-vision": "mustdrop-vision:window=2",
+    "dart": "dart:pivots=1",
+}  # tiny rasters are smaller than defaults
 QUESTION = np.array([5, 9, 31])
 
 
@@ -70,7 +73,7 @@ def works(loaded: Loaded, method: str, keep: int) -> None:
     for one in seen:
         places = one.kept.tolist()
         assert len(places) == keep == one.features.shape[0] and all(a < b for a, b in pairwise(places)), method
-        assert 0 <= places[0] and places[-1] < whole.visual_tokens and one.features.isfinite().all()
+        assert places[0] >= 0 and places[-1] < whole.visual_tokens and one.features.isfinite().all()
         assert all(level.shape[0] == keep and level.isfinite().all() for level in one.levels)
     assert not torch.equal(seen[0].features, seen[1].features)
 

@@ -1,4 +1,4 @@
-"""Every method inside the vision graph of a model: ONNX Runtime sees what eager sees, and TensorRT for RTX builds it."""
+"""Every method in the vision graph of a model: ONNX Runtime sees what eager sees, and TensorRT for RTX builds it."""
 
 from __future__ import annotations
 

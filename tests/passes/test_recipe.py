@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import re
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -283,7 +283,9 @@ def test_methods_that_need_attention_are_refused_without(tiny) -> None:
     for name in ("divprune", "random", "uniform"):
         assert PruneTokens(keep=3, method=name).plan(a).method == name
     for name in scoring:
-        with pytest.raises(PassError, match=f"`{re.escape(name)}` scores tokens by attention in the vision tower") as caught:
+        with pytest.raises(
+            PassError, match=f"`{re.escape(name)}` scores tokens by attention in the vision tower"
+        ) as caught:
             PruneTokens(keep=3, method=name).plan(a)
         assert caught.value.hint == "use divprune, random or uniform"
 

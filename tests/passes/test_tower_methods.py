@@ -544,7 +544,7 @@ def test_budgets_that_cannot_be_met(tiny) -> None:
 def test_order_of_passes(tiny) -> None:
     a = describe(tiny("llava").model)
     tome = PruneTokens(keep=8, method="tome")
-    assert "tokens leave between the 4 blocks" in refused(a, tome, DropLayers(part="vision", count=1))
+    assert "`tome` counts on the 4 blocks" in refused(a, tome, DropLayers(part="vision", count=1))
     assert "int8 already" in refused(a, Quantize(), tome)
     assert "int8 steps move which ones" in refused(a, tome, Quantize())
     make([PruneTokens(keep=16, method="tome"), Quantize()]).plan(a)  # nothing leaves
