@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import convert, inspect
     from .passes.folder import load
+    from .runtime.adaptive import Adaptive
     from .runtime.bundle import Bundle
     from .validation.verify import verify
 
@@ -19,8 +20,9 @@ _HOMES = {
     "load": ".passes.folder",
     "verify": ".validation.verify",
     "Bundle": ".runtime.bundle",
+    "Adaptive": ".runtime.adaptive",
 }
-__all__ = ["Bundle", "__version__", "convert", "inspect", "load", "verify"]
+__all__ = ["Adaptive", "Bundle", "__version__", "convert", "inspect", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,9 @@ BundlePath = Annotated[Path, typer.Argument(help="Folder made by `vlmcut convert
 Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="TOML recipe; replaces the flags that cut.")]
 Prune = Annotated[float | None, typer.Option("--prune", help="Fraction of visual tokens removed, 0 <= R < 1.")]
 Keep = Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image; several: 25,50,100.")]
-Method = Annotated[str, typer.Option("--method", help="How tokens are chosen; see `vlmcut passes`.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="How tokens are chosen, see `vlmcut passes`; by the tower if not given.")
+]
 DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions removed: vision:0.25,language:0.25.")]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
@@ -58,7 +60,7 @@ def convert(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; an existing one is refused.")] = None,
     prune: Prune = None,
     keep: Keep = None,
-    method: Method = "fastervlm",
+    method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     quantize: Quantize = "none",
@@ -132,7 +134,7 @@ def inspect(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or tiny:llava (random, offline).")] = None,
     prune: Prune = None,
     keep: Keep = None,
-    method: Method = "fastervlm",
+    method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     quantize: Quantize = "none",
@@ -185,7 +187,7 @@ def cut(
     out: Out,
     prune: Prune = None,
     keep: Keep = None,
-    method: Method = "fastervlm",
+    method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     quantize: Quantize = "none",
@@ -507,7 +509,7 @@ def _cuts(
     model: str,
     prune: float | None,
     keep: str | None,
-    method: str,
+    method: str | None,
     drop_heads: str | None,
     drop_layers: str | None,
     quantize: str,

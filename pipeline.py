@@ -53,7 +53,7 @@ class Request:
     recipe: Path | None = None
     prune: float | None = None
     keep: tuple[int, ...] = ()
-    method: str = "fastervlm"
+    method: str | None = None  # the usual one of the model's tower
     drop_heads: Mapping[str, float] = field(default_factory=dict)
     drop_layers: Mapping[str, int] = field(default_factory=dict)
     quantize: str = "none"
@@ -130,7 +130,11 @@ def plan(request: Request) -> Plan:
             "on float32 activations",
             hint="use --target onnx --dtype float32, or --dtype float16 without --quantize",
         )
-    return Plan(before, after, recipe, budgets, keeps, tuple(recipe.notes(before)))
+    notes = recipe.notes(before)
+    if request.method is None and request.recipe is None and after.method is not None and before.method is None:
+        which = "a" if before.tower.has_cls else "no"
+        notes.insert(0, f"no --method was given: `{after.method}`, for a tower that has {which} [CLS] token")
+    return Plan(before, after, recipe, budgets, keeps, tuple(notes))
 
 
 def _schemes(recipe: Recipe) -> list[str]:
@@ -168,7 +172,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
-    flags = flags or request.method != Request.method  # the default is not a choice
+    flags = flags or request.method is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")

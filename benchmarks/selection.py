@@ -20,6 +20,7 @@ import copy
 import datetime
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -359,8 +360,8 @@ class Report:
         parts = [
             f"""# What choosing tokens costs
 
-Written by `python benchmarks/selection.py --write` on {datetime.date.today()}: {on["cpu"]}, {on["cores"]} cores,
-{self.threads} thread, load {self.load}; torch {on["versions"]["torch"]}, ONNX Runtime {runtime}.
+Written by `python benchmarks/selection.py {" ".join(sys.argv[1:])}` on {datetime.date.today()}: {on["cpu"]},
+{on["cores"]} cores, {self.threads} thread, load {self.load}; torch {on["versions"]["torch"]}, ONNX Runtime {runtime}.
 
 The selection alone, as a graph of its own, beside the tower (CLIP ViT-L/14-336, 23 blocks, random weights) in the same
 process, medians of runs in turn, {clock}, float32. A method whose graph grows with the tokens kept takes

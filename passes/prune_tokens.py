@@ -28,6 +28,14 @@ def kept_tokens(tokens: int, ratio: float) -> int:
     return max(1, round(tokens * (1 - ratio)))
 
 
+def usual_method(a: Anatomy) -> str:
+    """The method where nobody names one: [CLS] attention where there is [CLS], diversity elsewhere.
+
+    Attention received from all tokens, the substitute for [CLS], did worse than random on examples/scenes-smol.
+    """
+    return "fastervlm" if a.tower.has_cls and a.scored else "divprune"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneTokens(Pass):
     """Keep `keep` visual tokens of each image, chosen by `method`.

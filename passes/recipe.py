@@ -27,7 +27,7 @@ from .base import PARTS, Pass
 from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
-from .prune_tokens import PruneTokens, kept_tokens
+from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
@@ -148,13 +148,16 @@ def from_flags(
     *,
     prune: float | None = None,
     keep: int | tuple[int, ...] | None = None,
-    method: str = "fastervlm",
+    method: str | None = None,
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
     """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, quantization.
+
+    Args:
+        method: how tokens are chosen; `usual_method` for None.
 
     Raises:
         PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
@@ -163,6 +166,7 @@ def from_flags(
     for flag, given in (("--drop-heads", heads), ("--drop-layers", layers)):
         if unknown := sorted(set(given) - set(PARTS)):
             raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
+    method = method or usual_method(a)
     parse_method(method, METHODS, "--method")
     if prune is not None and keep is not None:
         raise PassError("--prune and --keep are both given", hint="give one of them")

@@ -53,7 +53,8 @@ def test_dry_run_writes_nothing(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_inspect(run: Any) -> None:
     text = run("inspect", "tiny:llava-siglip-qwen2", "--keep", "4,8")
     assert text.code == 0 and text.err == ""
-    assert "4, 8 kept by fastervlm" in text.out and "applies" in text.out and "prune-tokens divprune" in text.out
+    assert "4, 8 kept by divprune" in text.out and "for a tower that has no [CLS] token" in text.out
+    assert "applies" in text.out and "prune-tokens divprune" in text.out
     assert json.loads(run("inspect", "tiny:llava", "--json").out)["before"]["anatomy"]["family"] == "llava"
 
 
@@ -92,8 +93,15 @@ def test_passes(run: Any) -> None:
 def test_cut_and_reload(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     assert run("cut", "tiny:llava", "--prune", "0.7", "-o", out).out.splitlines()[-1] == str(out)
-    prune = {"name": "prune-tokens", "keep": 5, "method": "fastervlm", "seed": 0, "line_breaks": "drop"}
-    assert vlmcut.load(out).recipe[-1] == prune
+    prune = {
+        "name": "prune-tokens",
+        "keep": 5,
+        "method": "fastervlm",
+        "seed": 0,
+        "line_breaks": "drop",
+        "pool": "image",
+    }
+    assert vlmcut.load(out).recipe[-1] == prune | {"pool": "image"}
 
 
 @pytest.mark.parametrize("against", [(), ("--against", "tiny:llava", "--seed", "5")])

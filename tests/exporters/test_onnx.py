@@ -20,7 +20,6 @@ from vlmcut.exporters.operators import OPSET, Standard
 from vlmcut.manifest import TokenBudget
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
-from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.surgery.load import Loaded, describe
 from vlmcut.surgery.selection import attached
 
@@ -116,18 +115,6 @@ def test_shapes_are_constant_and_named(kind: str, export, form: str) -> None:
             cache = (1, a.language.kv_heads[0], budget.cache, a.language.head_dim)
             assert {s for n, s in shapes.items() if n != "logits"} == {cache}
     assert budget.sequence == 2 * 5 + 9 and budget.cache == budget.sequence + 4
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_exported_with_a_constant_k(kind: str, tiny, method: str) -> None:
-    loaded = tiny(kind)
-    make([PruneTokens(keep=5, method=method, seed=3)]).apply(loaded.model, None)
-    model = vision(loaded, 5)
-    constants = {i.name for i in model.graph.initializer}
-    assert all(node.input[1] in constants for node in model.graph.node if node.op_type == "TopK")
-    kept = model.graph.output[1]
-    assert kept.name == "kept" and [d.dim_value for d in kept.type.tensor_type.shape.dim] == [1, 5]
-    assert not {"NonZero", "If", "Loop", "Compress", "RandomNormal"} & set(ops(model))
 
 
 def test_int8_is_the_pattern_that_the_runtime_fuses(kind: str, export) -> None:
