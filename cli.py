@@ -321,7 +321,7 @@ def bench(
 @app.command()
 def overlay(
     source: Annotated[str, typer.Argument(help="A bundle; or with --method a model: folder, hub id or tiny:llava.")],
-    image: Annotated[Path, typer.Option("--image", "-i", help="An image.")],
+    image: Annotated[list[Path], typer.Option("--image", "-i", help="An image, or all frames of a clip.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write; an existing one is refused.")],
     method: Annotated[str | None, typer.Option("--method", help="Of a model; several side by side: a,b,c.")] = None,
     prune: Annotated[float | None, typer.Option("--prune", help="Of a model: fraction of tokens removed.")] = None,
@@ -341,16 +341,18 @@ def overlay(
         from vlmcut.runtime.bundle import Bundle
         from vlmcut.runtime.overlay import overlay as draw
 
-        drawing, kept, tokens = draw(Bundle(Path(source), keep=keep), image, question=prompt, fit=fit)
+        drawing, kept, tokens = draw(Bundle(Path(source), keep=keep), *image, question=prompt, fit=fit)
         lines = [f"{out}: {len(kept)} of {tokens} tokens kept"]
     else:
         if (prune is None) == (keep is None):
             raise typer.BadParameter("--method needs one of --prune and --keep")
+        if len(image) != 1:
+            raise typer.BadParameter(f"--method draws one --image, not {len(image)}")
         from vlmcut import pipeline as api
         from vlmcut.prompt import open_image
         from vlmcut.validation.gallery import gallery
 
-        opened = open_image(image)
+        opened = open_image(image[0])
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         size = (opened.height, opened.width)  # the model is looked at for this very picture, so that none is too large
         asked = api.Request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ _EDGE = (255, 210, 60)
 
 
 def overlay(
-    bundle: Bundle, image: str | Path | Image.Image, *, question: str = "", fit: bool = False
+    bundle: Bundle, *images: str | Path | Image.Image, question: str = "", fit: bool = False
 ) -> tuple[Image.Image, np.ndarray, int]:
     """Draw which parts of an image reach the language model: kept ones bright and framed, dropped ones dim.
 
-    Tiles and their thumbnail are drawn side by side, in the order of their tokens.
+    Tiles and their thumbnail, and frames of a clip, are drawn side by side, in the order of their tokens.
 
     Args:
+        images: one, or the frames of one clip.
         question: for a method that depends on it.
         fit: as in `Bundle.prompt`.
 
@@ -35,17 +37,25 @@ def overlay(
         The drawing, the kept positions, int64 [K], and of how many tokens they are.
 
     Raises:
-        BundleError: a family of which vlmcut does not know where its tokens lie.
+        BundleError: a family of which vlmcut does not know where its tokens lie, or more than one image or clip.
     """
-    prompt = bundle.prompt([image], question, fit=fit)
+    prompt = bundle.prompt(images, question, fit=fit)
+    if len(prompt.pictures) != 1:
+        frames = bundle.manifest.layout.frames
+        raise BundleError(
+            f"{len(images)} images, a drawing shows {frames}", hint=f"give {frames} --image, and draw others apart"
+        )
     bucket = bundle.manifest.buckets[prompt.pictures[0].bucket(bundle.manifest.buckets)]
     if not bucket.panels:
         raise BundleError("vlmcut does not know where the visual tokens of this model lie", hint="nothing can be drawn")
     _, seen = bundle.see(prompt)
     kept, pixels = seen[0].kept, prompt.pictures[0].pixel_values
-    source = image if isinstance(image, Image.Image) else open_image(image)
-    picture = fitting_picture(bundle.prompter.processor.image_processor, pixels, bucket, source)
-    return draw(picture, kept, bucket.panels), kept, bucket.tokens
+    alone = replace(bucket, panels=bucket.panels[: len(bucket.panels) // bucket.frames])
+    each = [pixels] if bucket.frames == 1 else list(pixels)
+    sources = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+    processor = bundle.prompter.processor.image_processor
+    shown = [fitting_picture(processor, one, alone, source) for one, source in zip(each, sources, strict=True)]
+    return draw(shown, kept, bucket.panels), kept, bucket.tokens
 
 
 def fitting_picture(image_processor: Any, pixel_values: np.ndarray, bucket: Bucket, image: Image.Image) -> Image.Image:
@@ -64,12 +74,12 @@ def seen_picture(image_processor: Any, pixel_values: np.ndarray) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8).transpose(1, 2, 0))
 
 
-def draw(picture: Image.Image, kept: np.ndarray, panels: Sequence[Panel]) -> Image.Image:
-    """Dim everything that is not in `kept` and frame what is."""
+def draw(pictures: Sequence[Image.Image], kept: np.ndarray, panels: Sequence[Panel]) -> Image.Image:
+    """Dim everything that is not in `kept` and frame what is; every picture has as many of the panels."""
     drawn, start = [], 0
-    for panel in panels:
+    for number, panel in enumerate(panels):
         mine = kept[(kept >= start) & (kept < start + panel.tokens)] - start
-        drawn.append(_panel(picture, mine, panel))
+        drawn.append(_panel(pictures[number * len(pictures) // len(panels)], mine, panel))
         start += panel.tokens
     sheet = Image.new("RGB", (sum(d.width for d in drawn) + _GAP * (len(drawn) - 1), max(d.height for d in drawn)))
     left = 0

@@ -71,7 +71,7 @@ def gallery(
         found.append(Kept(cell.method, kept, bucket.tokens))
     shown = fitting_picture(loaded.processor.image_processor, given.pixel_values, bucket, picture)
     titles = [f"{one.method}: {len(one.positions)} of {one.tokens}" for one in found]
-    drawn = [draw(shown, one.positions, bucket.panels) for one in found]
+    drawn = [draw([shown], one.positions, bucket.panels) for one in found]
     return sheet(list(zip(titles, drawn, strict=True))), found
 
 

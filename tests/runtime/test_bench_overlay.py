@@ -14,8 +14,10 @@ from PIL import Image
 from vlmcut.errors import BundleError, ModelError
 from vlmcut.manifest import Bucket, Panel
 from vlmcut.passes.recipe import make
+from vlmcut.pipeline import Request, convert
 from vlmcut.prompt import Prompter
 from vlmcut.runtime.bench import bench, full_prompt
+from vlmcut.runtime.bundle import Bundle
 from vlmcut.runtime.overlay import draw, fitting_picture, overlay, seen_picture
 from vlmcut.surgery.load import Loaded, describe
 from vlmcut.surgery.talk import see_picture
@@ -103,7 +105,7 @@ def mosaic(rows: int, columns: int, side: int, seed: int = 0) -> tuple[Image.Ima
 def test_drawing_dims_dropped_and_frames_kept() -> None:
     picture = Image.new("RGB", (32, 32), (200, 100, 40))
     kept = np.array([0, 6, 15])
-    pixels = np.asarray(draw(picture, kept, [Panel(rows=4, columns=4)]))
+    pixels = np.asarray(draw([picture], kept, [Panel(rows=4, columns=4)]))
     assert pixels.shape == (480, 480, 3)
     for position in range(16):
         top, left = position // 4 * CELL, position % 4 * CELL
@@ -116,7 +118,7 @@ def test_drawing_dims_dropped_and_frames_kept() -> None:
 
 
 def test_grid_need_not_be_square() -> None:
-    pixels = np.asarray(draw(Image.new("RGB", (30, 20), "white"), np.array([5]), [Panel(rows=2, columns=3)]))
+    pixels = np.asarray(draw([Image.new("RGB", (30, 20), "white")], np.array([5]), [Panel(rows=2, columns=3)]))
     assert pixels.shape == (320, 480, 3)
     assert (pixels[-80, -80] == 255).all() and (pixels[80, 80] == 64).all()
 
@@ -128,7 +130,7 @@ def test_panels_side_by_side() -> None:
     panels = [*tiles, Panel(rows=2, columns=4)]
     assert [p.tokens for p in panels] == [6, 6, 8]
     # Tile 0: its first cell and a line break; tile 1: its last cell; the whole: cells 2 and 7.
-    pixels = np.asarray(draw(picture, np.array([0, 2, 6 + 4, 12 + 2, 12 + 7]), panels))
+    pixels = np.asarray(draw([picture], np.array([0, 2, 6 + 4, 12 + 2, 12 + 7]), panels))
     assert pixels.shape == (480, 480 + 8 + 480 + 8 + 480, 3)
     grid = colours.reshape(2, 4, 3)
     check(pixels[:, :480], {0}, grid[:, :2].reshape(-1, 3), 2, 2)
@@ -240,3 +242,21 @@ def test_overlay_asks_what_it_is_told(model: vlmcut.Bundle, monkeypatch: pytest.
     monkeypatch.setattr(model, "prompt", record)
     overlay(model, Image.new("RGB", (32, 32)), question="What is red?")
     assert asked == ["What is red?"]
+
+
+def test_a_clip_is_drawn_frame_by_frame(tmp_path: Path) -> None:
+    """Frames side by side, each with what is kept of it; one picture alone is refused."""
+    out = tmp_path / "clip"
+    convert(Request(model="tiny:llava", keep=(20,), method="evs", frames=2, text_tokens=48, new_tokens=2), out)
+    model = Bundle(out)
+    rng = np.random.default_rng(0)
+    frames = [Image.fromarray(rng.integers(128, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
+    drawing, kept, tokens = overlay(model, *frames)
+    assert tokens == 32 and kept[:16].tolist() == list(range(16)) and len(kept) == 20  # the first frame whole
+    width = (drawing.width - 8) // 2
+    first, second = np.asarray(drawing)[:, :width], np.asarray(drawing)[:, width + 8 :]
+    assert first.mean() > 1.5 * second.mean()
+    with pytest.raises(BundleError, match="1 images, but clips have 2 frames"):
+        overlay(model, frames[0])
+    with pytest.raises(BundleError, match="4 images, a drawing shows 2"):
+        overlay(model, *frames, *frames)
