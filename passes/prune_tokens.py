@@ -96,7 +96,7 @@ class PruneTokens(Pass):
         for keep, bucket in zip(keeps, a.buckets, strict=True):
             self._check(a, row, options, keep, bucket)
         left = leaving(self._selector(), a.buckets, keeps, a.tower.layers)
-        return replace(a, keep=keeps, method=self.method, leaving=left)
+        return replace(a, keep=keeps, method=self.method, query_dependent=row.text, leaving=left)
 
     def _selector(self) -> TableSelector:
         return TableSelector(self.method, self.seed, self.pool)
@@ -150,7 +150,10 @@ class PruneTokens(Pass):
         row, _ = parse(self.method, METHODS, self.name)
         found = [f"{self.method}: {row.without_cls}"] if row.without_cls and not a.tower.has_cls else []
         if row.text:
-            found.append(f"{self.method} depends on the question: another question needs another look at the picture")
+            found.append(
+                f"{self.method} depends on the question: another question needs another look at the picture, and later "
+                "turns of a conversation see what the first question chose"
+            )
         if row.inside is not None:
             found.append(
                 f"{self.method} chooses inside the tower, where near ties cannot be judged: graphs must keep the very "

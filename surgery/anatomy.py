@@ -68,6 +68,7 @@ class Anatomy:
     scored: tuple[int, ...]  # tower blocks by whose attention tokens can be scored; empty for none
     keep: tuple[int, ...]  # for each bucket, visual tokens that reach the language model
     method: str | None = None  # how they are chosen; None keeps all
+    query_dependent: bool = False  # whether the choice depends on the question: features serve that question alone
     leaving: tuple[tuple[int, ...], ...] = ()  # for each bucket, tokens that leave the tower in each block; or empty
     quantized: tuple[str, ...] = ()  # parts whose linears are int8: vision, language
 

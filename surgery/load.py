@@ -66,6 +66,7 @@ def describe(model: Any) -> Anatomy:
         else (),
         keep=tuple(about.keep(index) for index in range(len(about.buckets))),
         method=about.selection.selector.method if about.selection else None,
+        query_dependent=about.selection is not None and about.selection.selector.text,
         leaving=leaving(about.selection.selector, about.buckets, about.selection.keep, len(parts.tower_layers))
         if about.selection
         else (),

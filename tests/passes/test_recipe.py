@@ -350,3 +350,15 @@ def test_a_refusal_edits_nothing(tiny) -> None:
 
 def test_names_are_importable() -> None:
     assert vlmcut.load is importlib.import_module("vlmcut.passes.folder").load
+
+
+def test_a_method_that_reads_the_question_says_so(tiny) -> None:
+    """In the plan, in the model's description, and in words, with what it means for a conversation."""
+    loaded = tiny("llava")
+    a = TrimTower().plan(describe(loaded.model))
+    step = PruneTokens(keep=5, method="mmtok")
+    assert step.plan(a).query_dependent and not PruneTokens(keep=5).plan(a).query_dependent
+    (note,) = step.notes(a)
+    assert "another question needs another look" in note and "later turns" in note
+    make([step]).apply(loaded.model, None)
+    assert describe(loaded.model).query_dependent
