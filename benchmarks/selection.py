@@ -372,8 +372,8 @@ The selection alone, as a graph of its own, beside the tower (CLIP ViT-L/14-336,
 process, medians of runs in turn, {clock}, float32. A method whose graph grows with the tokens kept takes
 them one after another, as dart and fastvid do in few steps, and may cost {BARS["loop"]:g} % of the tower's time, any
 other {BARS["no loop"]:g} %. "Of it projector": the method looks at projected tokens, so the projector runs on all of
-them before the choice, and not on those kept alone. "Whole graph": milliseconds beyond the same graph with `uniform`, which
-is all that can be said of a method inside the tower.
+them before the choice, and not on those kept alone. "Whole graph": milliseconds beyond the same graph with
+`uniform`, which is all that can be said of a method inside the tower.
 """
         ]
         for size, tower in self.tower_ms.items():
