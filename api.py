@@ -104,7 +104,7 @@ def verdicts(a: Anatomy) -> list[Verdict]:
     found = [Verdict(TrimTower.name, True, f"{a.tower.layers - a.tower.feature_layer} tower layers are dead weight")]
     for name in METHODS:
         step = PruneTokens(keep=max(1, a.visual_tokens // 4), method=name)
-        note = "; ".join([f"1 to {a.visual_tokens} tokens per image", *step.notes(trimmed)])
+        note = "; ".join([f"tried with {step.keep} of {a.visual_tokens} tokens", *step.notes(trimmed)])
         found.append(_try(f"{PruneTokens.name} {name}", step, trimmed, note))
     for part in ("vision", "language"):
         heads = max(trimmed.tower.heads if part == "vision" else a.language.kv_heads, default=0)
@@ -125,5 +125,5 @@ def _try(name: str, step: Any, a: Anatomy, note: str) -> Verdict:
     try:
         step.plan(a)
     except PassError as error:
-        return Verdict(name, False, str(error))
+        return Verdict(name, False, str(error).removeprefix(f"{step.name}: "))
     return Verdict(name, True, note)

@@ -15,10 +15,8 @@ from .method import Method, Options, Place, Refusal, last
 from .scores import cosine_distance, joined, keys, received, unit
 from .select import ascending, mark
 
-_RECEIVED = (
-    "this tower has no [CLS] token: the mean attention received from all tokens takes its place, which did worse than "
-    "random on examples/scenes-smol; compare `divprune`"
-)
+_RECEIVED = "this tower has no [CLS] token: the mean attention received from all tokens takes its place"
+_WORSE = _RECEIVED + ", which did worse than random on examples/scenes-smol; compare `divprune`"
 
 
 def _share(options: Options, name: str) -> Refusal | None:
@@ -235,7 +233,7 @@ ROWS = {
         summary="tokens that [CLS] attends to most in the last block that runs",
         choose=lambda s, keep, o: Choice(ascending(s.top(received(s, s.taps[-1]), keep))),
         blocks=last,
-        without_cls=_RECEIVED,
+        without_cls=_WORSE,
     ),
     "vtc-cls": Method(
         title="VTC-CLS",
@@ -256,7 +254,7 @@ ROWS = {
         options={"queries": "cls"},
         blocks=last,
         refuse=_refuse_queries,
-        without_cls=_RECEIVED,
+        without_cls=_WORSE,
         differs="the paper does not say whose attention it sums",
     ),
     "fopru-row": Method(
@@ -268,7 +266,7 @@ ROWS = {
         blocks=last,
         grid=True,
         refuse=_refuse_rows,
-        without_cls=_RECEIVED,
+        without_cls=_WORSE,
         differs="the paper does not say whose attention it sums; rows of all tiles compete",
     ),
     "hiprune": Method(
@@ -292,7 +290,7 @@ ROWS = {
         blocks=last,
         merges=True,
         refuse=_refuse_visionzip,
-        without_cls=_RECEIVED,
+        without_cls=_WORSE,
         differs="[CLS] itself is not passed on, so that all tokens have a place; merged ones stand at their centre's "
         "place instead of last; a merged token is a mean (variant=code: the centre plus a mean)",
     ),

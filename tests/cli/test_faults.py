@@ -20,9 +20,11 @@ from vlmcut.errors import BundleError, ParityError
 from vlmcut.exporters import graphs as exported
 from vlmcut.exporters.build import seal
 from vlmcut.manifest import GraphInfo, TokenBudget, read
+from vlmcut.passes.tokens.methods import TableSelector
 from vlmcut.pipeline import Request, convert
 from vlmcut.runtime.sessions import Graphs
-from vlmcut.validation import complete, reference
+from vlmcut.surgery.selection import attached
+from vlmcut.validation import complete
 
 CONVERT = ("convert", "tiny:llava", "--prune", "0.7", "--images", "2", "--text-tokens", "24", "--new-tokens", "20")
 REQUEST = Request(model="tiny:llava", prune=0.7, images=2, text_tokens=24, new_tokens=20)
@@ -271,12 +273,17 @@ def test_wrong_position_at_run_time(planted: Any, refuses: Any, monkeypatch: pyt
 
 
 def test_other_selection_at_export(refuses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real exporter with a selector that keeps fixed tokens: every weight is there, every operator is right."""
+    """The real exporter with a selector of another method: every weight is there, every operator is right."""
     write = exported.write_graphs
 
     def write_graphs(model: Any, budgets: Sequence[TokenBudget], *rest: Any) -> dict[str, GraphInfo]:
-        with reference.choosing(model, torch.tensor([[0, 3, 7, 9, 14]])):
+        selection = attached(model).selection
+        assert selection is not None
+        own, selection.selector = selection.selector, TableSelector("uniform")
+        try:
             return write(model, budgets, *rest)
+        finally:
+            selection.selector = own
 
     monkeypatch.setattr("vlmcut.pipeline.write_graphs", write_graphs)
     refuses(*CONVERT, "-o", "out", says=("FAIL vision.kept",))

@@ -183,6 +183,10 @@ class Fixed:
     score: Tensor
     method: str = "fastervlm"
     text: bool = False
+    outputs: tuple[int, ...] = ()
+
+    def leaving(self, tokens: int, keep: int, blocks: int) -> tuple[int, ...]:
+        return ()
 
     def blocks(self, scored: Any) -> Any:
         return ()
