@@ -241,6 +241,10 @@ def _made(loaded: Loaded) -> tuple[Any, ...]:
 def save_cut(request: Request, out: Path, progress: Progress = lambda _: None) -> None:
     """`vlmcut cut`: write the cut model as a folder that `vlmcut.load` reloads bit-equal."""
     refuse_existing(out)
+    if (Path(request.model) / cut_folder.SOURCE_CONFIG).is_file():  # whose config before the cuts is not at hand
+        raise PassError(
+            f"`{request.model}` is a cut model already", hint="put its recipe.toml and the new cuts into one recipe"
+        )
     loaded, source_config, recipe, _ = cut(request, progress)
     with staged(out) as folder:
         cut_folder.save(loaded, folder, source_config, recipe)
