@@ -101,8 +101,8 @@ def test_cut_and_reload(run: Any, tmp_path: Path) -> None:
         "line_breaks": "drop",
         "pool": "image",
     }
-    assert vlmcut.load(out).recipe[-1] == prune | {"pool": "image"}
-    twice = run("cut", out, "--drop-layers", "vision:1", "-o", tmp_path / "twice")
+    assert vlmcut.load(out).recipe[-1] == prune
+    twice = run("cut", out, "--drop-heads", "language:0.5", "-o", tmp_path / "twice")
     assert twice.code == 1 and "is a cut model already" in twice.err and not (tmp_path / "twice").exists()
 
 
