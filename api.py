@@ -13,6 +13,7 @@ from .errors import PassError
 from .manifest import Manifest
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
+from .passes.drop_neurons import DropNeurons
 from .passes.prune_tokens import PruneTokens
 from .passes.quantize import Quantize
 from .passes.recipe import PASSES
@@ -110,6 +111,9 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         kind = "heads" if part == "vision" else "KV heads"
         step = DropHeads(part=part, fraction=min(1 / max(heads, 1), 0.99))
         found.append(_try(f"{DropHeads.name} {part}", step, trimmed, f"{heads} {kind} per layer"))
+        neurons = max(trimmed.tower.intermediate if part == "vision" else a.language.intermediate, default=0)
+        step = DropNeurons(part=part, fraction=0.5)
+        found.append(_try(f"{DropNeurons.name} {part}", step, trimmed, f"{neurons} neurons per layer"))
         layers = trimmed.tower.layers if part == "vision" else a.language.layers
         found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))

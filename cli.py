@@ -34,6 +34,9 @@ Method = Annotated[
     str | None, typer.Option("--method", help="How tokens are chosen, see `vlmcut passes`; by the tower if not given.")
 ]
 DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions removed: vision:0.25,language:0.25.")]
+DropNeurons = Annotated[
+    str | None, typer.Option("--drop-neurons", help="Fractions removed: vision:0.25,language:0.25.")
+]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
@@ -63,6 +66,7 @@ def convert(
     method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
+    drop_neurons: DropNeurons = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -88,7 +92,9 @@ def convert(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
+        **_cuts(
+            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+        ),
         target=target,
         dtype=dtype,
         images=images,
@@ -137,6 +143,7 @@ def inspect(
     method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
+    drop_neurons: DropNeurons = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -166,7 +173,9 @@ def inspect(
     if eager:
         raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
+        **_cuts(
+            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+        ),
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -190,6 +199,7 @@ def cut(
     method: Method = None,
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
+    drop_neurons: DropNeurons = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -203,7 +213,9 @@ def cut(
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(model, prune, keep, method, drop_heads, drop_layers, quantize, recipe, image_size, frames),
+        **_cuts(
+            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+        ),
         calibration=calibration,
         seed=seed,
         revision=revision,
@@ -395,7 +407,7 @@ def sweep(
     from vlmcut.validation.sweep_plan import design
     from vlmcut.validation.sweep_report import table, to_json, write
 
-    sizes = _cuts(model, None, None, "uniform", None, None, "none", None, image_size, 1)["image_size"]
+    sizes = _cuts(model, None, None, "uniform", None, None, None, "none", None, image_size, 1)["image_size"]
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     with staged(out) as folder:
         asked = Asked(
@@ -514,6 +526,7 @@ def _cuts(
     method: str | None,
     drop_heads: str | None,
     drop_layers: str | None,
+    drop_neurons: str | None,
     quantize: str,
     recipe: Path | None,
     image_size: str | None,
@@ -526,6 +539,7 @@ def _cuts(
         "method": method,
         "drop_heads": _pairs("--drop-heads", drop_heads, float),
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
+        "drop_neurons": _pairs("--drop-neurons", drop_neurons, float),
         "quantize": quantize,
         "recipe": recipe,
         "frames": frames,
@@ -578,11 +592,14 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
     lines = [
         f"model    {request.model}: {a.family}, {a.tower.kind} + {a.language.kind}",
         f"tower    {_change(a.tower.layers, b.tower.layers)} layers, "
-        f"{_change(max(a.tower.heads, default=0), max(b.tower.heads, default=0))} heads, hidden {a.tower.hidden}, "
+        f"{_change(max(a.tower.heads, default=0), max(b.tower.heads, default=0))} heads, "
+        f"{_change(_span(a.tower.intermediate), _span(b.tower.intermediate))} neurons, hidden {a.tower.hidden}, "
         f"patches of {a.tower.patch_size} px",
         f"language {_change(a.language.layers, b.language.layers)} layers, "
         f"{_change(max(a.language.heads), max(b.language.heads))} heads in "
-        f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, hidden {a.language.hidden}",
+        f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, "
+        f"{_change(_span(a.language.intermediate), _span(b.language.intermediate))} neurons, "
+        f"hidden {a.language.hidden}",
         f"tokens   {sizes} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]
@@ -602,8 +619,14 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
     print("\n".join(lines))
 
 
-def _change(before: int, after: int) -> str:
+def _change(before: int | str, after: int | str) -> str:
     return str(before) if before == after else f"{before} -> {after}"
+
+
+def _span(widths: tuple[int, ...]) -> str:
+    """One number where all layers have it, else the least and the most."""
+    least, most = min(widths, default=0), max(widths, default=0)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _print_rows(rows: list[ExactnessRow]) -> None:

@@ -56,6 +56,7 @@ class Request:
     method: str | None = None  # the usual one of the model's tower
     drop_heads: Mapping[str, float] = field(default_factory=dict)
     drop_layers: Mapping[str, int] = field(default_factory=dict)
+    drop_neurons: Mapping[str, float] = field(default_factory=dict)
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
@@ -172,7 +173,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
-    flags = flags or request.method is not None
+    flags = flags or request.drop_neurons or request.method is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
@@ -194,6 +195,7 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
         method=request.method,
         drop_heads=request.drop_heads,
         drop_layers=request.drop_layers,
+        drop_neurons=request.drop_neurons,
         quantize=request.quantize,
         seed=request.seed,
     )
@@ -223,7 +225,7 @@ def _apply(request: Request, planned: Plan, loaded: Loaded, progress: Progress) 
         notes["calibration"] = f"{len(calibration.prompts)} prompts from {calibration.origin}"
         progress(f"calibrating on {notes['calibration']}")
     done = planned.recipe.apply(loaded.model, calibration)
-    if describe(loaded.model) != planned.after:
+    if describe(loaded.model) != done.plan(planned.before):  # which knows what was measured
         raise PassError("the cut model is not what was planned", hint="report this as a bug")
     notes["removed"] = complete.removed_weights(shapes, loaded.model)
     return source_config, recipes.make([*_made(loaded), *done.passes]), notes
@@ -239,6 +241,10 @@ def _made(loaded: Loaded) -> tuple[Any, ...]:
 def save_cut(request: Request, out: Path, progress: Progress = lambda _: None) -> None:
     """`vlmcut cut`: write the cut model as a folder that `vlmcut.load` reloads bit-equal."""
     refuse_existing(out)
+    if (Path(request.model) / cut_folder.SOURCE_CONFIG).is_file():  # whose config before the cuts is not at hand
+        raise PassError(
+            f"`{request.model}` is a cut model already", hint="put its recipe.toml and the new cuts into one recipe"
+        )
     loaded, source_config, recipe, _ = cut(request, progress)
     with staged(out) as folder:
         cut_folder.save(loaded, folder, source_config, recipe)

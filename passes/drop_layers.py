@@ -72,6 +72,7 @@ class DropLayers(Pass):
             tower = replace(
                 a.tower,
                 heads=tuple(a.tower.heads[i] for i in keep),
+                intermediate=tuple(a.tower.intermediate[i] for i in keep),
                 feature_layer=a.tower.feature_layer - self.count,
             )
             return replace(a, tower=tower, scored=tuple(i for i, old in enumerate(keep) if old in a.scored))
@@ -79,6 +80,7 @@ class DropLayers(Pass):
             a.language,
             heads=tuple(a.language.heads[i] for i in keep),
             kv_heads=tuple(a.language.kv_heads[i] for i in keep),
+            intermediate=tuple(a.language.intermediate[i] for i in keep),
         )
         return replace(a, language=language)
 

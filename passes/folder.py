@@ -1,7 +1,7 @@
 """A cut model as a folder: weights, the resolved recipe and the source's config, reloaded bit-equal.
 
-Where widths stay regular (language heads and layers), plain `from_pretrained` reads the folder too; it does not know
-token pruning, vision heads or int8, which only `load` here restores.
+Where widths stay regular (language heads, neurons and layers), plain `from_pretrained` reads the folder too. It knows
+no token pruning, vision heads, layers of unequal width or int8: only `load` here restores them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from . import recipe as recipes
 from .int8 import Int8Embedding
 from .prune_tokens import PruneTokens
 from .recipe import Recipe
-from .tokens.learned.weights import ATTRIBUTE
 
 SOURCE_CONFIG = "source_config.json"
 RECIPE = "recipe.toml"
 SOURCE = "source.json"
+_ALIGNED = 64  # bytes: where torch puts a tensor that it makes itself
 METHOD = "method.safetensors"  # weights of the method that chooses tokens, if it has some: a copy of their file
 
 
@@ -76,8 +76,9 @@ def load(
     shapes = [{(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (wanted, weights)]
     if left := sorted({name for name, _ in shapes[0] ^ shapes[1]}):
         raise ModelError(f"`{folder}`: {len(left)} weights do not fit the recipe, first `{left[0]}`", hint="cut again")
-    # A product with one row is summed in another order where its weight is not aligned: a copy is.
-    weights |= {name: tensor.clone() for name, tensor in weights.items() if name.startswith(ATTRIBUTE)}
+    # A product with one row is summed in another order where its weight is not aligned, as any behind an odd number of
+    # neurons is in the file: a copy is.
+    weights = {name: tensor.clone() if tensor.data_ptr() % _ALIGNED else tensor for name, tensor in weights.items()}
     skeleton.load_state_dict(weights, strict=False, assign=True)
     _tie(skeleton)
     if (folder / "generation_config.json").is_file():

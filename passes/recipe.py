@@ -27,13 +27,16 @@ from .base import PARTS, Pass
 from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
+from .drop_neurons import DropNeurons
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
-PASSES: dict[str, type[Pass]] = {p.name: p for p in (TrimTower, DropLayers, DropHeads, PruneTokens, Quantize)}
+PASSES: dict[str, type[Pass]] = {
+    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, Quantize)
+}
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def from_flags(
     method: str | None = None,
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
+    drop_neurons: Mapping[str, float] | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
@@ -162,8 +166,8 @@ def from_flags(
     Raises:
         PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
     """
-    heads, layers = dict(drop_heads or {}), dict(drop_layers or {})
-    for flag, given in (("--drop-heads", heads), ("--drop-layers", layers)):
+    heads, layers, neurons = dict(drop_heads or {}), dict(drop_layers or {}), dict(drop_neurons or {})
+    for flag, given in (("--drop-heads", heads), ("--drop-layers", layers), ("--drop-neurons", neurons)):
         if unknown := sorted(set(given) - set(PARTS)):
             raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
     method = method or usual_method(a)
@@ -185,6 +189,8 @@ def from_flags(
             found.append(DropLayers(part=part, count=layers[part]))
         if heads.get(part):
             found.append(DropHeads(part=part, fraction=heads[part]))
+        if neurons.get(part):
+            found.append(DropNeurons(part=part, fraction=neurons[part]))
         return found
 
     passes = cuts("vision")

@@ -26,7 +26,8 @@ class TrimTower(Pass):
     def plan(self, a: Anatomy) -> Anatomy:
         kept = a.tower.feature_layer
         scored = tuple(block for block in a.scored if block < kept)
-        return replace(a, tower=replace(a.tower, heads=a.tower.heads[:kept]), scored=scored)
+        tower = replace(a.tower, heads=a.tower.heads[:kept], intermediate=a.tower.intermediate[:kept])
+        return replace(a, tower=tower, scored=scored)
 
     def apply(self, model: Any, a: Anatomy) -> None:
         parts = locate(model)

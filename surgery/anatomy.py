@@ -15,19 +15,20 @@ from ..manifest import Bucket, Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """The vision tower. `heads` has one entry per layer; heads may differ between layers after a cut."""
+    """The vision tower. `heads` and `intermediate` have one entry per layer, which may differ after a cut."""
 
     kind: str  # clip_vision_model, siglip_vision_model, …
     hidden: int
     head_dim: int
     heads: tuple[int, ...]  # empty for a tower that is not a stack of transformer layers
-    intermediate: int
+    intermediate: tuple[int, ...]  # neurons of the MLP of each layer
     matrices: int  # linears of one MLP: 2, or 3 where it is gated
     patch_size: int  # pixels, square
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
     fixed: str | None = None  # why its layers cannot be dropped
     rigid: str | None = None  # why tokens cannot merge or leave between its blocks
+    solid: str | None = None  # why no neuron can leave its MLPs
 
     @property
     def layers(self) -> int:
@@ -36,17 +37,18 @@ class Tower:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """The language model. `heads` and `kv_heads` have one entry per layer, 0 for a layer without attention."""
+    """The language model. Tuples have one entry per layer; heads are 0 for a layer without attention."""
 
     kind: str  # llama, qwen2, …
     hidden: int
     head_dim: int
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    intermediate: int
+    intermediate: tuple[int, ...]  # neurons of the MLP of each layer
     vocabulary: int
     tied: bool  # the input embedding is the output projection
     max_positions: int
+    solid: str | None = None  # why no neuron can leave its MLPs
 
     @property
     def layers(self) -> int:
@@ -106,9 +108,9 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0
     rows = sum(segments)
     tower_flops = tower_parameters = left = 0
     leaving = a.leaving[bucket] if a.leaving else (0,) * t.layers
-    for heads, leave in zip(t.heads[: t.feature_layer], leaving, strict=False):
+    for heads, neurons, leave in zip(t.heads[: t.feature_layer], t.intermediate, leaving, strict=False):
         width = heads * t.head_dim
-        attention, mlp = 4 * t.hidden * width, t.matrices * t.hidden * t.intermediate
+        attention, mlp = 4 * t.hidden * width, t.matrices * t.hidden * neurons
         tower_parameters += attention + mlp
         # Tokens leave one segment only, between attention and MLP; what says which is not counted.
         tower_flops += 2 * (rows - left) * attention + 4 * sum((n - left) ** 2 for n in segments) * width
@@ -119,8 +121,8 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0
     tower_parameters += patch
     sequence = images * a.keep[bucket] + text_tokens
     lm_flops = lm_parameters = 0
-    for heads, kv_heads in zip(lm.heads, lm.kv_heads, strict=True):
-        linears = lm.hidden * lm.head_dim * (2 * heads + 2 * kv_heads) + 3 * lm.hidden * lm.intermediate
+    for heads, kv_heads, neurons in zip(lm.heads, lm.kv_heads, lm.intermediate, strict=True):
+        linears = lm.hidden * lm.head_dim * (2 * heads + 2 * kv_heads) + 3 * lm.hidden * neurons
         lm_parameters += linears
         lm_flops += 2 * sequence * linears + 2 * sequence * sequence * heads * lm.head_dim  # causal: half the square
     vocabulary = lm.hidden * lm.vocabulary

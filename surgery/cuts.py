@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .neurons import Mlp
 from .structure import head_dim, kv_heads, output_name, query_heads
 
 
@@ -44,6 +45,17 @@ def take_kv_groups(attention: Any, keep: Sequence[int]) -> None:
     take_columns(getattr(attention, output_name(attention)), queries)
 
 
+def take_neurons(mlp: Mlp, keep: Sequence[int]) -> None:
+    """Shrink one MLP in place to the neurons in `keep`, in their order."""
+    rows = torch.tensor(sorted(keep))
+    for linear in mlp.makes:
+        take_rows(linear, rows)
+    # The last projection sums over neurons into the residual stream: it loses input columns and keeps its bias.
+    take_columns(mlp.reads, rows)
+    if hasattr(mlp.module, "intermediate_size"):
+        mlp.module.intermediate_size = len(rows)
+
+
 def take_layers(layers: nn.ModuleList, keep: Sequence[int]) -> nn.ModuleList:
     """The layers in `keep`, in order, with `layer_idx` renumbered so that each owns the right KV buffer."""
     taken = nn.ModuleList(layers[i] for i in sorted(keep))
@@ -59,6 +71,19 @@ def count_layers(config: Any, layers: int) -> None:
     for name in ("num_hidden_layers", "depth"):
         if hasattr(config, name):
             setattr(config, name, layers)
+
+
+def count_neurons(config: Any, neurons: int) -> None:
+    """Write the width of every MLP into a config, if it can say it.
+
+    A width that it cannot say leaves it as it is: plain `from_pretrained` then stops at a weight of another shape.
+    """
+    if hasattr(config, "intermediate_size"):
+        config.intermediate_size = neurons
+        if hasattr(config, "block_auto_adjust_ff_dim"):  # LFM2 makes another width of the one that is written
+            config.block_auto_adjust_ff_dim = False
+    elif hasattr(config, "mlp_ratio") and neurons % config.embed_dim == 0:  # Qwen2-VL: whole multiples only
+        config.mlp_ratio = neurons // config.embed_dim
 
 
 def take_rows(linear: nn.Linear, rows: Tensor) -> None:

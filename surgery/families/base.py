@@ -23,6 +23,7 @@ from ...manifest import Bucket, Layout, Panel
 from ..anatomy import Language, Tower
 from ..known import known
 from ..merging import rigid
+from ..neurons import find_mlp, solid
 from ..structure import (
     Parts,
     find_attention,
@@ -242,13 +243,14 @@ class Family:
             hidden=linears[0].in_features if linears else 0,
             head_dim=next((head_dim(a) for a in attention if a is not None), 0),
             heads=tuple(0 if a is None else query_heads(a) for a in attention),
-            intermediate=linears[0].out_features if linears else 0,
+            intermediate=_widths(layers, linears),
             matrices=len(linears),
             patch_size=_patch_size(vision),
             has_cls=self.has_cls(model.config),
             feature_layer=self.feature_layer(model.config, len(layers)),
             fixed=self.fixed_tower,
             rigid=self.rigid or rigid(layers),
+            solid=solid(layers),
         )
 
     def language(self, model: Any, parts: Parts) -> Language:
@@ -263,10 +265,11 @@ class Family:
             head_dim=head_dim(first),
             heads=tuple(0 if a is None else query_heads(a) for a in attention),
             kv_heads=tuple(0 if a is None else kv_heads(a) for a in attention),
-            intermediate=linears[0].out_features if linears else 0,
+            intermediate=_widths(parts.language_layers, linears),
             vocabulary=parts.head.out_features,
             tied=parts.head.weight is parts.language.get_input_embeddings().weight,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
+            solid=solid(parts.language_layers),
         )
 
 
@@ -339,6 +342,12 @@ def _rope_types(text: Any) -> set[str]:
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)]
     return {r.get("rope_type", "default") for r in (nested or [rope])}
+
+
+def _widths(blocks: list[Any], linears: list[Any]) -> tuple[int, ...]:
+    """Neurons of each block; of `linears`, those of a block that has some, where a block's MLP is not understood."""
+    usual = linears[0].out_features if linears else 0
+    return tuple(usual if (mlp := find_mlp(block)) is None else mlp.neurons for block in blocks)
 
 
 def _patch_size(vision: Any) -> int:

@@ -33,6 +33,9 @@ FLAGS = {
     "--drop-heads vison:0.5": ("vison", "did you mean `vision`?"),
     "--drop-heads vision:0.9": ("0.9", "leaves 0 of 2 vision heads", "choose at most 0.50"),
     "--drop-heads vision:-0.5": ("-0.5", "0 <= fraction < 1"),
+    "--drop-neurons vison:0.5": ("vison", "did you mean `vision`?"),
+    "--drop-neurons vision:0.999": ("0.999", "leaves 0 of 96 vision neurons", "choose at most 0.9895"),
+    "--drop-neurons language:1": ("fraction=1.0", "0 <= fraction < 1"),
     "--drop-layers vision:9": ("count=9", "4 layers of which 3 can go", "choose 1 to 3"),
     "--drop-layers language:3": ("count=3", "3 layers of which 2 can go"),
     "--drop-layers tower:1": ("tower", "known: language, vision"),
@@ -66,6 +69,8 @@ USAGE = {
     "--drop-heads vision:x": "--drop-heads x",
     "--drop-heads vision:0.5,vision:0.5": "twice",
     "--drop-heads=": "part:number",
+    "--drop-neurons nonsense": "part:number",
+    "--drop-neurons vision:x": "--drop-neurons x",
     "--drop-layers vision:1.5": "--drop-layers 1.5",
     "--image-size 32": "--image-size 32: write height x width",
     "--image-size 32x": "--image-size 32x:",
@@ -133,7 +138,15 @@ def test_recipe_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flag", ["--prune 0.5", "--keep 5", "--quantize int8", "--drop-layers vision:1", "--method random"]
+    "flag",
+    [
+        "--prune 0.5",
+        "--keep 5",
+        "--quantize int8",
+        "--drop-layers vision:1",
+        "--drop-neurons vision:0.5",
+        "--method random",
+    ],
 )
 def test_recipe_and_cutting_flag(flag: str, refuses: Refuses, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[pass]]\nname = "trim-tower"\n')

@@ -101,7 +101,9 @@ def test_cut_and_reload(run: Any, tmp_path: Path) -> None:
         "line_breaks": "drop",
         "pool": "image",
     }
-    assert vlmcut.load(out).recipe[-1] == prune | {"pool": "image"}
+    assert vlmcut.load(out).recipe[-1] == prune
+    twice = run("cut", out, "--drop-heads", "language:0.5", "-o", tmp_path / "twice")
+    assert twice.code == 1 and "is a cut model already" in twice.err and not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize("against", [(), ("--against", "tiny:llava", "--seed", "5")])

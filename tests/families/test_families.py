@@ -17,6 +17,7 @@ from vlmcut.passes import folder
 from vlmcut.passes.calibration import Calibration
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.drop_neurons import DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import make
@@ -147,6 +148,8 @@ def _steps(loaded: Loaded) -> dict[str, Any]:
         "heads language": DropHeads(part="language", fraction=1 / kv if kv > 1 else 0.9),
         "layers vision": DropLayers(part="vision", count=1),
         "layers language": DropLayers(part="language", count=1),
+        "neurons vision": DropNeurons(part="vision", fraction=0.3),
+        "neurons language": DropNeurons(part="language", fraction=0.3, ranking="global"),
         "int8": Quantize(),
     }
 
@@ -181,7 +184,7 @@ def test_every_pass_cuts_every_family_or_says_why_not(kind: str) -> None:
             continue
         done.append(name)
         assert (answer(cut) - want).abs().max() > 1e-3, name
-    assert {"prune", "heads vision", "layers language", "int8"} <= set(done), done
+    assert {"prune", "heads vision", "layers language", "neurons vision", "neurons language", "int8"} <= set(done), done
 
 
 @pytest.mark.parametrize("kind", LIGHT)

@@ -17,6 +17,7 @@ from vlmcut.passes.base import Pass
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.drop_neurons import DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import make
@@ -29,13 +30,20 @@ RECIPES: dict[str, list[Pass]] = {
     "random seed": [PruneTokens(keep=7, method="random", seed=9)],
     "vision": [DropLayers(part="vision", count=1), DropHeads(part="vision", fraction=0.4)],
     "language": [DropLayers(part="language", count=1)],
+    "neurons": [DropNeurons(part="vision", fraction=0.3), DropNeurons(part="language", fraction=0.3)],
+    "neurons of unequal layers": [
+        DropNeurons(part="vision", fraction=0.3, ranking="global"),
+        DropNeurons(part="language", fraction=0.3, ranking="global"),
+    ],
     "int8": [Quantize()],
     "int8 language": [PruneTokens(keep=6), Quantize(parts=("language",))],
     "everything": [
         DropLayers(part="vision", count=1),
         DropHeads(part="vision", fraction=0.4),
+        DropNeurons(part="vision", fraction=0.3),
         PruneTokens(keep=5),
         DropLayers(part="language", count=1),
+        DropNeurons(part="language", fraction=0.3, ranking="global"),
         Quantize(),
     ],
 }
@@ -75,8 +83,9 @@ def test_language_heads_are_saved(tiny, logits, tmp_path: Path) -> None:
         [DropLayers(part="vision", count=1)],
         [DropHeads(part="language", fraction=0.34)],
         [DropLayers(part="language", count=1), DropHeads(part="language", fraction=0.34)],
+        [DropNeurons(part="vision", fraction=0.3), DropNeurons(part="language", fraction=0.3)],
     ],
-    ids=["trim", "language layers", "vision layers", "language heads", "both"],
+    ids=["trim", "language layers", "vision layers", "language heads", "both", "neurons"],
 )
 def test_regular_cuts_load_without_vlmcut(kind: str, tiny, logits, stock, tmp_path: Path, steps: list[Pass]) -> None:
     loaded = tiny(kind)

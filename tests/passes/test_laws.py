@@ -15,6 +15,7 @@ from vlmcut.passes.base import Pass
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, make
@@ -31,6 +32,16 @@ def one_head(part: str) -> Maker:
         return DropHeads(part=part, fraction=1 / (a.tower.heads[0] if part == "vision" else a.language.kv_heads[0]))
 
     return make
+
+
+def neurons(fraction: float) -> dict[str, Maker]:
+    return {
+        f"{part} {ranking}": lambda a, part=part, ranking=ranking: DropNeurons(
+            part=part, fraction=fraction, ranking=ranking
+        )
+        for part in ("vision", "language")
+        for ranking in RANKINGS
+    }
 
 
 def all_tokens(method: str) -> Maker:
@@ -61,6 +72,7 @@ def some_tokens(method: str) -> Maker:
 NEUTRAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {"again": lambda a: TrimTower()},  # every model here is trimmed first
     "drop-heads": {p: lambda a, p=p: DropHeads(part=p, fraction=0.0) for p in ("vision", "language")},
+    "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
     "quantize": {"no part": lambda a: Quantize(parts=())},
@@ -68,6 +80,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
 REAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {},  # never changes a bit: test_trim_tower_is_exact
     "drop-heads": {p: one_head(p) for p in ("vision", "language")},
+    "drop-neurons": neurons(0.3),
     "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
@@ -158,7 +171,13 @@ def test_resolving_measures_once(kind: str, tiny) -> None:
     make([]).apply(loaded.model, None)
     a = describe(loaded.model)
     calibration = read_calibration(loaded, None)
-    for step in (DropLayers(part="language", count=1), DropHeads(part="vision", fraction=1 / a.tower.heads[0])):
+    steps: list[Pass] = [
+        DropLayers(part="language", count=1),
+        DropHeads(part="vision", fraction=1 / a.tower.heads[0]),
+        DropNeurons(part="vision", fraction=0.3),
+        DropNeurons(part="language", fraction=0.3, ranking="global"),
+    ]
+    for step in steps:
         done = step.resolve(loaded.model, a, calibration)
         assert step.needs_calibration and not done.needs_calibration
         assert done.resolve(loaded.model, a, calibration) is done
@@ -183,8 +202,10 @@ def test_a_recipe_of_everything(kind: str, tiny, logits) -> None:
     steps: list[Pass] = [
         DropLayers(part="vision", count=1),
         DropHeads(part="vision", fraction=1 / full.tower.heads[0]),
+        DropNeurons(part="vision", fraction=0.3),
         PruneTokens(keep=5),
         DropLayers(part="language", count=1),
+        DropNeurons(part="language", fraction=0.3),
     ]
     if full.language.kv_heads[0] > 1:
         steps.append(DropHeads(part="language", fraction=0.3))
@@ -219,6 +240,11 @@ def test_notes_name_the_substitute_and_the_rounding(tiny) -> None:
     assert DropHeads(part="vision", fraction=0.5).notes(cls) == []
     (note,) = DropHeads(part="language", fraction=0.5).notes(cls)
     assert "1.5" in note and "2 are removed" in note
+    assert DropNeurons(part="vision", fraction=0.25).notes(cls) == []
+    (note,) = DropNeurons(part="language", fraction=0.33).notes(cls)
+    assert "0.33 of 80 neurons is 26.4" in note and "26 are removed" in note
+    different, even = DropNeurons(part="language", fraction=0.25, ranking="global").notes(cls)
+    assert "only vlmcut.load reads back" in different and "spreads them evenly" in even
     assert replace(cls, keep=(4,)).visual_tokens == 16
     rows = PruneTokens(keep=4, line_breaks="keep").notes(replace(cls, breaks=(3,)))
     assert rows == ["line breaks between rows of tiles: keep"]

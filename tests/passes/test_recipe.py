@@ -19,6 +19,7 @@ from vlmcut.passes import recipe
 from vlmcut.passes.base import PARTS, Pass
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
@@ -36,6 +37,13 @@ PASS = st.one_of(
         part=st.sampled_from(PARTS),
         fraction=st.floats(0, 0.99),
         keep=st.none() | st.lists(indices, max_size=3).map(tuple),
+    ),
+    st.builds(
+        DropNeurons,
+        part=st.sampled_from(PARTS),
+        fraction=st.floats(0, 0.99),
+        keep=st.none() | st.lists(indices, max_size=3).map(tuple),
+        ranking=st.sampled_from(RANKINGS),
     ),
     st.builds(DropLayers, part=st.sampled_from(PARTS), count=st.integers(1, 40), drop=st.none() | indices),
     st.builds(
@@ -92,7 +100,7 @@ BAD = [
     ("pass = [3]", "pass 1: a pass needs a `name`", "prune-tokens"),
     ('[[pass]]\nname = "prune-token"\nkeep = 3', "pass 1: no pass `prune-token`", "did you mean `prune-tokens`?"),
     ('[[pass]]\nname = "drop-head"', "no pass `drop-head`", "did you mean `drop-heads`?"),
-    ('[[pass]]\nname = "zzz"', "no pass `zzz`", "known: drop-heads, drop-layers, prune-tokens, quantize, trim-tower"),
+    ('[[pass]]\nname = "zzz"', "no pass `zzz`", "known: drop-heads, drop-layers, drop-neurons, prune-tokens, "),
     ("[[pass]]\nname = 3", "no pass `3`", "known"),
     ('[[pass]]\nname = "trim-tower"\nx = 1', "unknown key `x`", None),
     ('[[pass]]\nname = "prune-tokens"\nkep = 3', "`prune-tokens`: unknown key `kep`", "did you mean `keep`?"),
@@ -145,21 +153,25 @@ def test_flags_become_a_recipe_in_order(tiny) -> None:
     a = describe(tiny("llava").model)
     made = from_flags(
         a, prune=0.75, method="divprune", drop_heads={"language": 0.3, "vision": 0.5},
-        drop_layers={"language": 1, "vision": 2}, quantize="int8", seed=4,
+        drop_layers={"language": 1, "vision": 2}, drop_neurons={"language": 0.2, "vision": 0.4}, quantize="int8",
+        seed=4,
     )  # fmt: skip
     assert made.passes == (
         TrimTower(),
         DropLayers(part="vision", count=2),
         DropHeads(part="vision", fraction=0.5),
+        DropNeurons(part="vision", fraction=0.4),
         PruneTokens(keep=4, method="divprune", seed=4),
         DropLayers(part="language", count=1),
         DropHeads(part="language", fraction=0.3),
+        DropNeurons(part="language", fraction=0.2),
         Quantize(),
     )
     assert from_flags(a).passes == (TrimTower(),)
     assert from_flags(a, keep=5).passes[1] == PruneTokens(keep=5)
     # Neutral flags add no pass.
     assert from_flags(a, prune=0.0, drop_heads={"vision": 0.0}, drop_layers={"vision": 0}).passes == (TrimTower(),)
+    assert from_flags(a, drop_neurons={"vision": 0.0, "language": 0}).passes == (TrimTower(),)
     assert from_flags(a, keep=16).passes == (TrimTower(),)
 
 
@@ -170,6 +182,7 @@ FLAGS = [
     ({"prune": float("nan")}, "--prune nan ", "0 <= R < 1"),
     ({"prune": 0.5, "keep": 4}, "--prune and --keep", "one of them"),
     ({"drop_heads": {"visoin": 0.5}}, "--drop-heads: no part `visoin`", "did you mean `vision`?"),
+    ({"drop_neurons": {"visoin": 0.5}}, "--drop-neurons: no part `visoin`", "did you mean `vision`?"),
     ({"drop_layers": {"lang": 1}}, "--drop-layers: no part `lang`", "language"),
     ({"method": "divprun"}, "--method: no method `divprun`", "did you mean `divprune`?"),
     ({"quantize": "int9"}, "--quantize int9: unknown scheme", "did you mean `int8`?"),
@@ -222,6 +235,32 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (DropHeads(part="vision", fraction=0.5, keep=((0, 1),) * 4), "leaves [1, 1, 1, 1]", "leave `keep` out"),
     (DropHeads(part="vision", fraction=0.5, keep=((2,),) * 4), "of [2, 2, 2, 2]", "leave `keep` out"),
     (DropHeads(part="language", fraction=0.34, keep=((0, 0),) * 3), "keep lists [2, 2, 2] KV heads", "leave `keep`"),
+    (DropNeurons(part="audio", fraction=0.5), "part='audio'", "`vision` or `language`"),
+    (DropNeurons(part="vision", fraction=0.5, ranking="globl"), "no ranking `globl`", "did you mean `global`?"),
+    (DropNeurons(part="vision", fraction=1.0), "fraction=1.0 of the vision neurons", "0 <= fraction < 1"),
+    (DropNeurons(part="language", fraction=-0.5), "fraction=-0.5 of the language neurons", "0 <= fraction < 1"),
+    (DropNeurons(part="vision", fraction=0.999), "fraction=0.999 leaves 0 of 96 vision neurons", "at most 0.9895"),
+    (DropNeurons(part="language", fraction=0.999), "fraction=0.999 leaves 0 of 80 language", "at most 0.9875"),
+    (
+        DropNeurons(part="language", fraction=0.999, ranking="global"),
+        "fraction=0.999 leaves 0 of 240 language neurons for 3 layers",
+        "at most 0.9875",
+    ),
+    (DropNeurons(part="language", fraction=0.99, keep=((0,),)), "keep lists [1] neurons per layer", "leave `keep` out"),
+    (DropNeurons(part="language", fraction=0.9, keep=((0,),) * 3), "leaves [8, 8, 8]", "leave `keep` out"),
+    (DropNeurons(part="language", fraction=0.975, keep=((0, 80),) * 3), "of [80, 80, 80]", "leave `keep` out"),
+    (DropNeurons(part="language", fraction=0.975, keep=((0, 0),) * 3), "keep lists [2, 2, 2] neurons", "leave `keep`"),
+    (DropNeurons(part="language", fraction=0.975, keep=((-1, 0),) * 3), "keep lists [2, 2, 2] neurons", "leave `keep`"),
+    (
+        DropNeurons(part="language", fraction=0.975, keep=((0, 1, 2, 3), (), (0, 1)), ranking="global"),
+        "keep lists [4, 0, 2] neurons per layer",
+        "leave `keep` out",
+    ),
+    (
+        DropNeurons(part="language", fraction=0.975, keep=((0, 1, 2, 3), (0,), (0, 1)), ranking="global"),
+        "keep lists [4, 1, 2] neurons per layer, fraction=0.975 of [80, 80, 80] leaves 6 in all",
+        "leave `keep` out",
+    ),
     (Quantize(scheme="int7"), "no scheme `int7`", "did you mean `int8`?"),
     (Quantize(parts=("vision", "ears")), "part='ears'", "`vision` or `language`"),
 ]
@@ -315,11 +354,12 @@ def test_a_pass_that_cannot_come_twice(tiny, step: Pass, message: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
-def test_heads_cannot_leave_an_int8_linear(tiny, part: str) -> None:
+@pytest.mark.parametrize("cut", [DropHeads, DropNeurons])
+def test_rows_cannot_leave_an_int8_linear(tiny, part: str, cut: type[DropHeads | DropNeurons]) -> None:
     """Its scales would keep their length; refused, so that quantize comes last."""
     a = describe(tiny("llava").model)
     with pytest.raises(PassError, match=f"{part} is int8 already") as caught:
-        make([Quantize(parts=(part,)), DropHeads(part=part, fraction=0.5)]).plan(a)
+        make([Quantize(parts=(part,)), cut(part=part, fraction=0.5)]).plan(a)
     assert caught.value.hint == "put quantize last"
 
 

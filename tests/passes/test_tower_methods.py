@@ -415,11 +415,11 @@ def test_work_falls(kind: str, spec: str, tiny) -> None:
     full, cut = describe(loaded.model), describe(pruned(loaded, 8, spec).model)
     t, n = full.tower, sum(full.segments[0])
     saved, left = 0, 0
-    for heads, count in zip(t.heads, cut.leaving[0], strict=True):
+    for heads, neurons, count in zip(t.heads, t.intermediate, cut.leaving[0], strict=True):
         width = heads * t.head_dim
         saved += 2 * left * 4 * t.hidden * width + 4 * (n**2 - (n - left) ** 2) * width
         left += count
-        saved += 2 * left * t.matrices * t.hidden * t.intermediate
+        saved += 2 * left * t.matrices * t.hidden * neurons
     assert left == 8 and saved > 0
     assert costs(full)[0].flops - costs(cut)[0].flops == saved
     assert costs(full)[0].parameters == costs(cut)[0].parameters
