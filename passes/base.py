@@ -44,6 +44,14 @@ class Pass(ABC):
 PARTS = ("vision", "language")
 
 
+def rounding(part: str, fraction: float, most: int, kind: str) -> list[str]:
+    """What the user should know of a fraction that is no whole number of heads or neurons; nothing if it is one."""
+    removed, exact = round(most * fraction), most * fraction
+    if removed == exact:
+        return []
+    return [f"{part}: {fraction} of {most} {kind} is {exact:g}; {removed} are removed in every layer"]
+
+
 def check_part(name: str, part: str) -> None:
     """Refuse a part that is not vision or language."""
     if part not in PARTS:

@@ -21,7 +21,7 @@ from ..surgery.anatomy import Anatomy
 from ..surgery.cuts import take_heads, take_kv_groups
 from ..surgery.load import locate
 from ..surgery.structure import find_attention, output_name
-from .base import Pass, check_part
+from .base import Pass, check_part, rounding
 from .calibration import Calibration, observe
 
 
@@ -91,12 +91,7 @@ class DropHeads(Pass):
         return replace(a, language=replace(a.language, heads=queries, kv_heads=left))
 
     def notes(self, a: Anatomy) -> list[str]:
-        heads = self._heads(a)
-        most = max(heads, default=0)
-        removed, exact = round(most * self.fraction), most * self.fraction
-        if removed == exact:
-            return []
-        return [f"{self.part}: {self.fraction} of {most} heads is {exact:g}; {removed} are removed in every layer"]
+        return rounding(self.part, self.fraction, max(self._heads(a), default=0), "heads")
 
     @property
     def needs_calibration(self) -> bool:

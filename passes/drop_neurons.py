@@ -24,7 +24,7 @@ from ..surgery.anatomy import Anatomy
 from ..surgery.cuts import count_neurons, take_neurons
 from ..surgery.load import locate
 from ..surgery.neurons import find_mlp
-from .base import Pass, check_part
+from .base import Pass, check_part, rounding
 from .calibration import Calibration, observe
 
 RANKINGS = ("layer", "global")
@@ -151,11 +151,7 @@ class DropNeurons(Pass):
             if self.keep is None:
                 found.append(f"{self.part}: which layer loses how many is measured; the plan spreads them evenly")
             return found
-        most = max(neurons)
-        removed, exact = round(most * self.fraction), most * self.fraction
-        if removed == exact:
-            return []
-        return [f"{self.part}: {self.fraction} of {most} neurons is {exact:g}; {removed} are removed in every layer"]
+        return rounding(self.part, self.fraction, max(neurons), "neurons")
 
     @property
     def needs_calibration(self) -> bool:

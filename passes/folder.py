@@ -25,6 +25,7 @@ from . import recipe as recipes
 from .int8 import Int8Embedding
 from .prune_tokens import PruneTokens
 from .recipe import Recipe
+from .tokens.methods import TableSelector
 
 SOURCE_CONFIG = "source_config.json"
 RECIPE = "recipe.toml"
@@ -117,9 +118,9 @@ def _apply(recipe: Recipe, model: Any, weights: Path) -> None:
     passes = [p.reading(str(weights)) if isinstance(p, PruneTokens) else p for p in recipe.passes]
     Recipe(tuple(passes)).apply(model, None)
     selection = attached(model).selection
-    assert selection is not None
+    assert selection is not None and isinstance(selection.selector, TableSelector)
     (method,) = (p.method for p in recipe.passes if isinstance(p, PruneTokens))
-    selection.selector = replace(selection.selector, method=method)  # type: ignore[type-var]
+    selection.selector = replace(selection.selector, method=method)
 
 
 def _readable(config: Any, source_config: Any) -> Any:

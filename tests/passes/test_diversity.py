@@ -95,7 +95,7 @@ def test_distance_gains_are_the_formula(case: tuple[np.ndarray, int], merge: str
     distance = symmetric(x)
     first = torch.from_numpy(np.random.default_rng(keep).random((1, len(x)))) if with_pivot or merge == "sum" else None
     pivot = None if first is None else int(first.argmax())
-    gain = select.max_min(distance, first) if merge == "min" else select.max_sum(distance, first)  # type: ignore
+    gain = select.max_min(distance, first) if merge == "min" else select.max_sum(distance, first)  # type: ignore[arg-type]
     assert pick(gain, len(x), keep) == by_distance(distance[0].numpy(), keep, merge, pivot)
 
 

@@ -23,6 +23,7 @@ from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
+from vlmcut.passes.tokens.method import parse as parse_method
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
 from vlmcut.surgery.load import describe
@@ -402,3 +403,11 @@ def test_a_method_that_reads_the_question_says_so(tiny) -> None:
     assert "another question needs another look" in note and "later turns" in note
     make([step]).apply(loaded.model, None)
     assert describe(loaded.model).query_dependent
+
+
+def test_options_of_a_method_are_read_apart_from_paths() -> None:
+    """A colon separates options; one inside a value that is a path does not."""
+    assert parse_method("divprune:block=4:groups=2", METHODS, "x")[1] == {"block": 4, "groups": 2}
+    assert parse_method("covipal:weights=/a:b/c.safetensors", METHODS, "x")[1] == {"weights": "/a:b/c.safetensors"}
+    with pytest.raises(PassError, match="`divprune` has no option `bogus`"):
+        parse_method("divprune:bogus", METHODS, "x")
