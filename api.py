@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import pipeline
 from .errors import PassError
-from .manifest import Manifest
+from .manifest import Manifest, TokenBudget
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
 from .passes.drop_neurons import DropNeurons
+from .passes.inside.methods import METHODS as INSIDE
+from .passes.prune_inside import PruneInside
 from .passes.prune_tokens import PruneTokens
 from .passes.quantize import Quantize
 from .passes.recipe import PASSES
+from .passes.skip_visual import WHATS, SkipVisual
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
 from .pipeline import Plan, Progress, Request
@@ -85,17 +88,24 @@ def to_json(planned: Plan) -> dict[str, Any]:
         return {
             "anatomy": a.to_json(),
             "costs": [dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)],
-            "kv_bytes": kv_bytes(a, budget.images * max(a.keep) + budget.text_tokens + budget.new_tokens),
+            "kv_bytes": kv_bytes(
+                a, budget.images * max(a.keep) + budget.text_tokens + budget.new_tokens, budget.images
+            ),
         }
 
     return {
         "before": part(planned.before),
         "after": part(planned.after),
         "recipe": planned.recipe.tables(),
-        "budgets": [dataclasses.asdict(b) | {"sequence": b.sequence, "cache": b.cache} for b in planned.budgets],
+        "budgets": [_budget(b) for b in planned.budgets],
         "notes": list(planned.notes),
         "passes": [dataclasses.asdict(v) for v in verdicts(planned.before)],
     }
+
+
+def _budget(budget: TokenBudget) -> dict[str, Any]:
+    ladder = [dataclasses.asdict(rung) for rung in budget.ladder]
+    return dataclasses.asdict(budget) | {"ladder": ladder, "sequence": budget.sequence, "cache": budget.cache}
 
 
 def verdicts(a: Anatomy) -> list[Verdict]:
@@ -116,6 +126,15 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         found.append(_try(f"{DropNeurons.name} {part}", step, trimmed, f"{neurons} neurons per layer"))
         layers = trimmed.tower.layers if part == "vision" else a.language.layers
         found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))
+    for name, row in INSIDE.items():
+        step = PruneInside(method=name)
+        note = f"{a.language.layers} layers; {row.summary}"
+        if a.language.layers <= len(row.usual):  # its own ladder has no room
+            step = replace(step, layers=(a.language.layers - 1,), share=(0.0 if row.choose is None else 0.5,))
+        found.append(_try(f"{PruneInside.name} {name}", step, trimmed, note))
+    for what in WHATS:
+        step = SkipVisual(what=what, count=1)
+        found.append(_try(f"{SkipVisual.name} {what}", step, trimmed, f"{a.language.layers} layers"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
     assert {v.name.split()[0] for v in found} == set(PASSES)
     return found

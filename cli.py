@@ -37,6 +37,14 @@ DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions r
 DropNeurons = Annotated[
     str | None, typer.Option("--drop-neurons", help="Fractions removed: vision:0.25,language:0.25.")
 ]
+Inside = Annotated[
+    str | None,
+    typer.Option("--inside", help="How visual tokens leave inside the language model: fastv, …"),
+]
+Ladder = Annotated[
+    str | None, typer.Option("--ladder", help="At which layers, and what share goes on: 8:0.5,16:0.25,24:0.")
+]
+Exit = Annotated[int | None, typer.Option("--exit", help="Language layer from which no visual token goes on.")]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
@@ -67,6 +75,9 @@ def convert(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    inside: Inside = None,
+    ladder: Ladder = None,
+    exit_layer: Exit = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -93,7 +104,20 @@ def convert(
 
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            inside,
+            ladder,
+            exit_layer,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         target=target,
         dtype=dtype,
@@ -144,6 +168,9 @@ def inspect(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    inside: Inside = None,
+    ladder: Ladder = None,
+    exit_layer: Exit = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -174,7 +201,20 @@ def inspect(
         raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            inside,
+            ladder,
+            exit_layer,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         images=images,
         text_tokens=text_tokens,
@@ -200,6 +240,9 @@ def cut(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    inside: Inside = None,
+    ladder: Ladder = None,
+    exit_layer: Exit = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -214,7 +257,20 @@ def cut(
 
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            inside,
+            ladder,
+            exit_layer,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         calibration=calibration,
         seed=seed,
@@ -407,7 +463,7 @@ def sweep(
     from vlmcut.validation.sweep_plan import design
     from vlmcut.validation.sweep_report import table, to_json, write
 
-    sizes = _cuts(model, None, None, "uniform", None, None, None, "none", None, image_size, 1)["image_size"]
+    sizes = _sizes(image_size)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     with staged(out) as folder:
         asked = Asked(
@@ -527,6 +583,9 @@ def _cuts(
     drop_heads: str | None,
     drop_layers: str | None,
     drop_neurons: str | None,
+    inside: str | None,
+    ladder: str | None,
+    exit_layer: int | None,
     quantize: str,
     recipe: Path | None,
     image_size: str | None,
@@ -540,11 +599,24 @@ def _cuts(
         "drop_heads": _pairs("--drop-heads", drop_heads, float),
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
         "drop_neurons": _pairs("--drop-neurons", drop_neurons, float),
+        "inside": inside,
+        "ladder": _ladder(ladder),
+        "exit_layer": exit_layer,
         "quantize": quantize,
         "recipe": recipe,
         "frames": frames,
-        "image_size": () if image_size is None else tuple(_size(text) for text in image_size.split(",")),
+        "image_size": _sizes(image_size),
     }
+
+
+def _ladder(text: str | None) -> tuple[tuple[int, float], ...]:
+    rungs = []
+    for rung in [] if text is None else text.split(","):
+        layer, colon, share = rung.partition(":")
+        if not (colon and layer.isdecimal()):
+            raise typer.BadParameter(f"--ladder {rung}: write layer:share, for example 8:0.5,16:0.25")
+        rungs.append((int(layer), _numbers("--ladder", [share], float)[0]))
+    return tuple(rungs)
 
 
 def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
@@ -552,6 +624,10 @@ def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
         return [kind(t) for t in texts]
     except ValueError as error:
         raise typer.BadParameter(f"{flag} {','.join(texts)}: {error}") from error
+
+
+def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    return () if text is None else tuple(_size(one) for one in text.split(","))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,20 +1,20 @@
 """`manifest.json`: what a bundle holds, as plain dataclasses shared by the writer and the torch-free runner.
 
-Schema 3. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
+Schema 4. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 
 
@@ -82,6 +82,18 @@ class Layout:
         return 3 if self.positions == "mrope" else 1
 
 
+@dataclass(frozen=True)
+class Rung:
+    """A layer of the language model at whose entry visual tokens leave."""
+
+    layer: int  # from 0; the layers before it see every visual token that is left
+    share: float  # of an image's visual tokens that entered the language model: what stays from here on; 0 for none
+
+    def stay(self, tokens: int) -> int:
+        """Of so many visual tokens of one image, those that go on."""
+        return max(1, round(tokens * self.share)) if self.share else 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenBudget:
     """The only source of sizes. Counts are tokens unless said otherwise.
@@ -93,6 +105,7 @@ class TokenBudget:
     visual_tokens: int  # tokens that one of them keeps, at most (in the largest bucket)
     text_tokens: int  # room for everything that is not an image
     new_tokens: int  # most tokens generated after the prompt
+    ladder: tuple[Rung, ...] = ()  # where visual tokens leave inside the language model
 
     @property
     def sequence(self) -> int:
@@ -101,8 +114,22 @@ class TokenBudget:
 
     @property
     def cache(self) -> int:
-        """Rows of each KV buffer, C."""
+        """Rows of each KV buffer, C; of the layers before the first rung."""
         return self.sequence + self.new_tokens
+
+    def left(self, layer: int) -> int:
+        """Of the budget's columns, the visual ones that a language layer no longer sees."""
+        return visual_left(self.ladder, (self.visual_tokens,) * self.images, layer)
+
+
+def visual_left(ladder: Sequence[Rung], counts: Sequence[int], layer: int) -> int:
+    """Visual tokens of a prompt that a language layer no longer sees.
+
+    Args:
+        counts: of each image, visual tokens that entered the language model.
+    """
+    passed = [rung for rung in ladder if rung.layer <= layer]
+    return sum(count - passed[-1].stay(count) for count in counts) if passed else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +232,17 @@ def read(folder: Path) -> Manifest:
 
 def _from_json(data: Mapping[str, Any]) -> Manifest:
     fields = dict(data)
-    fields["budgets"] = tuple(
-        TokenBudget(**{k: v for k, v in b.items() if k not in ("sequence", "cache")}) for b in data["budgets"]
-    )
+    fields["budgets"] = tuple(_budget(b) for b in data["budgets"])
     fields["graphs"] = {name: _graph(g) for name, g in data["graphs"].items()}
     fields["files"] = {n: {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for n, f in data["files"].items()}
     fields["layout"] = Layout(**data["layout"])
     fields["buckets"] = tuple(_bucket(b) for b in data["buckets"])
     return Manifest(**fields)
+
+
+def _budget(data: Mapping[str, Any]) -> TokenBudget:
+    given = {name: value for name, value in data.items() if name not in ("sequence", "cache", "ladder")}
+    return TokenBudget(**given, ladder=tuple(Rung(int(x["layer"]), float(x["share"])) for x in data["ladder"]))
 
 
 def _bucket(data: Mapping[str, Any]) -> Bucket:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .manifest import Manifest, TokenBudget
 from .passes import folder as cut_folder
 from .passes import recipe as recipes
 from .passes.calibration import read_calibration
+from .passes.prune_inside import PruneInside
 from .passes.recipe import Recipe
 from .runtime.bundle import Bundle
 from .surgery.anatomy import Anatomy
@@ -57,6 +58,9 @@ class Request:
     drop_heads: Mapping[str, float] = field(default_factory=dict)
     drop_layers: Mapping[str, int] = field(default_factory=dict)
     drop_neurons: Mapping[str, float] = field(default_factory=dict)
+    inside: str | None = None  # how tokens leave inside the language model
+    ladder: tuple[tuple[int, float], ...] = ()  # layers and shares; the method's own if empty
+    exit_layer: int | None = None  # from which no visual token goes on
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
@@ -114,9 +118,11 @@ def plan(request: Request) -> Plan:
             visual_tokens=max(keep),
             text_tokens=request.text_tokens,
             new_tokens=request.new_tokens,
+            ladder=after.ladder,
         )
         for keep in keeps
     )
+    _check_ladder(recipe, after, budgets, keeps)
     for budget in budgets:
         if budget.cache > before.language.max_positions:
             raise ExportError(
@@ -136,6 +142,26 @@ def plan(request: Request) -> Plan:
         which = "a" if before.tower.has_cls else "no"
         notes.insert(0, f"no --method was given: `{after.method}`, for a tower that has {which} [CLS] token")
     return Plan(before, after, recipe, budgets, keeps, tuple(notes))
+
+
+def _check_ladder(recipe: Recipe, a: Anatomy, budgets: Sequence[TokenBudget], keeps: Sequence[tuple[int, ...]]) -> None:
+    """Refuse what no layer of a cut language model could see as it should."""
+    for step in recipe.passes:
+        if not isinstance(step, PruneInside):
+            continue
+        for budget, keep in zip(budgets, keeps, strict=True):
+            if not step.ranked and (budget.images > 1 or len(set(keep)) > 1):
+                raise PassError(
+                    f"{step.name}: `{step.method}` merges or compares the tokens of one image, and a prompt may have "
+                    f"{budget.images} images of {' or '.join(map(str, sorted(set(keep))))} tokens",
+                    hint="use fastv, pyramiddrop, fitprune or exit, or convert for one image of one size",
+                )
+            if a.language.window is not None and budget.cache > a.language.window:
+                raise PassError(
+                    f"{step.name}: sliding layers of `{a.family}` see {a.language.window} columns back, the cache has "
+                    f"{budget.cache}: once tokens have left, columns are no longer counted as they were",
+                    hint="lower --images, --text-tokens or --new-tokens",
+                )
 
 
 def _schemes(recipe: Recipe) -> list[str]:
@@ -174,6 +200,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
     flags = flags or request.drop_neurons or request.method is not None
+    flags = flags or request.inside is not None or request.ladder or request.exit_layer is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
@@ -196,6 +223,9 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
         drop_heads=request.drop_heads,
         drop_layers=request.drop_layers,
         drop_neurons=request.drop_neurons,
+        inside=request.inside,
+        ladder=request.ladder,
+        exit_layer=request.exit_layer,
         quantize=request.quantize,
         seed=request.seed,
     )

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import BundleError
-from .manifest import Bucket, Layout, TokenBudget
+from .manifest import Bucket, Layout, Rung, TokenBudget, visual_left
 
 IMAGE_TAG = "<image>"  # in a user's prompt: where an image goes
 # What processors say of an image, beside its pixels.
@@ -85,6 +85,10 @@ class Prompt:
     @property
     def length(self) -> int:
         return self.input_ids.shape[1]
+
+    def rows(self, ladder: Sequence[Rung], layer: int) -> int:
+        """Columns that a language layer sees, and caches."""
+        return self.length - visual_left(ladder, self.counts, layer)
 
     def shrink(self, kept: Sequence[np.ndarray]) -> Prompt:
         """The same prompt with the placeholders of the kept tokens only, int64 [K] for each picture."""

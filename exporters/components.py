@@ -9,11 +9,16 @@
 | | position_ids | [axes, S] | int64, axes 3 with M-RoPE, else 1 |
 | | image_features, deepstack_j | [images * K, hidden] | float |
 | | length | [1] | int64, prompt tokens |
+| | left, with a ladder | [rungs] | int64, visual tokens that have left behind each rung |
 | | past_key_i, past_value_i, past_conv_i | see below | float |
 | decode | input_ids | [1, 1] | int64 |
 | | position_ids | [axes, 1] | int64 |
-| | length | [1] | int64, tokens in the cache after this step |
+| | length | [1] | int64, tokens in the cache after this step, of a layer that sees all |
+| | left, with a ladder | [rungs] | as in prefill |
 | | past_key_i, past_value_i, past_conv_i | see below | float |
+
+With a ladder (`surgery/inside.py`) a layer behind a rung has shorter buffers, and prefill also gives kept_i
+[1, columns] int64, the columns of the prompt that go on from each rung, padding included.
 
 Outputs: vision gives image_features [K, hidden], kept [1, K] int64 and deepstack_j [K, hidden]; prefill and decode give
 logits [1, vocabulary] of the last token and a present_… for each past_…, which may share its memory. Of an attention
@@ -26,6 +31,7 @@ has, images may have different sizes, and an int8 scale never depends on the nei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +39,10 @@ import torch
 from torch import Tensor, nn
 
 from ..manifest import Bucket, TokenBudget
+from ..surgery.anatomy import Idle
+from ..surgery.inside import Columns, Landing, Passage, passing
 from ..surgery.load import locate
+from ..surgery.rows import take
 from ..surgery.selection import attached
 from ..surgery.vision import embed_question, prepare, see
 from .operators import CacheStep, PassThrough
@@ -70,6 +79,7 @@ class Decoder(nn.Module):
     def __init__(self, model: Any, budget: TokenBudget, prefill: bool, mask_padding: bool) -> None:
         super().__init__()
         self.model = model
+        self.budget = budget
         self.slot = budget.visual_tokens
         self.prefill = prefill
         self.mask_padding = mask_padding
@@ -101,7 +111,10 @@ class Decoder(nn.Module):
             past=past, length=length, prefill=self.prefill, valid=valid, blocks=blocks,
             window_over_blocks=family.window_over_blocks, windowed_blocks=family.windowed_blocks,
         )  # fmt: skip
-        try:
+        with ExitStack() as stack:
+            for hook in hooks:
+                stack.callback(hook.remove)
+            passage = self._passage(stack, x, seen, step, inputs)
             out = parts.language(
                 inputs_embeds=x,
                 position_ids=position_ids if len(position_ids) == 1 else position_ids.unsqueeze(1),
@@ -111,11 +124,37 @@ class Decoder(nn.Module):
                 step=step,
                 **family.beside(self.model, ids, seen),
             ).last_hidden_state[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        last = out.index_select(0, length - 1) if self.prefill else out
-        return [family.logits(self.model, last), *(step.present[name] for name in past)]
+        last = out.index_select(0, step.length - 1) if self.prefill else out
+        kept = passage.kept if passage else []
+        return [family.logits(self.model, last), *kept, *(step.present[name] for name in past)]
+
+    def _passage(
+        self, stack: ExitStack, x: Tensor, visual: Tensor, step: CacheStep, inputs: dict[str, Tensor]
+    ) -> Passage | None:
+        """Have visual columns leave at each rung; in decode they have left, and the caches are shorter."""
+        ladder, length = self.budget.ladder, inputs["length"]
+        left = inputs["left"].split(1) if ladder else ()
+        if not self.prefill:
+            layers = locate(self.model).language_layers
+            for rung, gone in zip(ladder, left, strict=True):
+
+                def shorten(module: Any, args: Any, gone: Tensor = gone) -> None:
+                    step.length = length - gone
+
+                stack.callback(layers[rung.layer].register_forward_pre_hook(shorten).remove)
+            return None
+        if not ladder and attached(self.model).idle == Idle():
+            return None
+
+        def arrived(columns: Columns, index: Tensor) -> None:
+            step.length, step.blocks = columns.length, columns.blocks
+            step.valid = None if step.valid is None else take(step.valid, index, -2, -3)
+
+        gone = [self.budget.left(rung.layer) for rung in ladder]
+        whole = self.budget.images * self.slot
+        landings = [Landing(x.shape[1] - n, whole - n, one) for n, one in zip(gone, left, strict=True)]
+        columns = Columns(torch.arange(x.shape[1])[None], visual, length, step.blocks)
+        return stack.enter_context(passing(self.model, Passage(self.model, x, columns, whole, landings, arrived)))
 
 
 def _levels(inputs: dict[str, Tensor]) -> list[str]:
@@ -136,7 +175,7 @@ def components(model: Any, budget: TokenBudget, keep: Sequence[int], quantized: 
     about, dtype = attached(model), model.dtype
     family = about.family
     hidden = model.config.get_text_config().hidden_size
-    states = family.states(model, budget.cache)
+    states = family.states(model, [budget.cache - budget.left(i) for i in range(len(locate(model).language_layers))])
     past = {f"past_{name}": torch.zeros(shape, dtype=dtype) for name, shape in states.items()}
     present = tuple(f"present_{name}" for name in states)
     axes = family.layout(model.config).axes
@@ -168,6 +207,10 @@ def components(model: Any, budget: TokenBudget, keep: Sequence[int], quantized: 
         **{name: torch.zeros(budget.images * budget.visual_tokens, hidden, dtype=dtype) for name in tables},
     }
     decode = {"input_ids": ids(1), "position_ids": torch.zeros(axes, 1, dtype=torch.int64), "length": torch.tensor([2])}
+    if budget.ladder:
+        left = torch.tensor([budget.left(rung.layer) for rung in budget.ladder])
+        prefill, decode = prefill | {"left": left}, decode | {"left": torch.zeros_like(left)}
+    rungs = tuple(f"kept_{i}" for i in range(len(budget.ladder)))
     mask = "language" in quantized
     return [
         *vision,
@@ -175,7 +218,7 @@ def components(model: Any, budget: TokenBudget, keep: Sequence[int], quantized: 
             role="prefill",
             module=Decoder(model, budget, prefill=True, mask_padding=mask),
             inputs=prefill | past,
-            outputs=("logits", *present),
+            outputs=("logits", *rungs, *present),
         ),
         Component(
             role="decode",

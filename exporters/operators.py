@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import ExportError
 from ..surgery.load import locate
 from ..surgery.norms import epsilon, offset
+from ..surgery.rows import take
 from ..surgery.selection import attached
 
 _NAME = "vlmcut"  # of our attention in transformers' registry
@@ -47,7 +48,16 @@ class CacheStep:
     blocks: Tensor | None = None  # int64 [1, S]: columns that see each other whole; -1 none; None all is causal
     window_over_blocks: bool = False  # whether a sliding window cuts blocks too (Gemma 3) or not (PaliGemma 2)
     windowed_blocks: bool = False  # whether layers without a window are causal whatever the blocks (Gemma 4)
+    asks: Tensor | None = None  # bool [1, 1, n, S]: the columns that the layer's n query columns see; None: all ask
     present: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def asking(self, seen: Tensor, columns: Tensor) -> Iterator[None]:
+        """While inside, only these columns ask, int64 [1, n], and see what `seen` says."""
+        valid, self.asks = self.valid, seen
+        self.valid = None if valid is None else take(valid, columns, -2, -3)
+        yield
+        self.valid, self.asks = valid, None
 
     def seen_blocks(self, window: int | None) -> Tensor | None:
         """The blocks that a layer with this window has."""
@@ -55,6 +65,8 @@ class CacheStep:
 
     def mask(self, columns: int, window: int | None) -> Tensor | None:
         """Which of the prompt's columns see which, [1, 1, S, S]; None if that is causal and no more."""
+        if self.asks is not None:
+            return self.asks
         blocks = self.seen_blocks(window)
         if blocks is None and window is None:
             return None
@@ -157,7 +169,9 @@ class Contrib:
         """[1, heads, S, head_dim] against the cache -> [1, S, heads, head_dim]; adds to `step.present`."""
         past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         columns = q.shape[2]
-        if step.prefill and step.seen_blocks(window) is not None:  # the operator knows causal masks only
+        if step.prefill and (
+            step.asks is not None or step.seen_blocks(window) is not None
+        ):  # the operator knows causal masks only
             return self._masked(q, k, v, scale, layer, step, window)
         if step.prefill:  # padding columns write rows that decode overwrites before they can be seen
             rows = torch.tensor([columns - 1], dtype=torch.int32)
@@ -182,7 +196,7 @@ class Contrib:
     def _masked(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
-        columns = q.shape[2]
+        columns = k.shape[2]
         for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)):
             # Rows behind the prompt are copied onto themselves: past and present may be one buffer.
             step.present[name] = torch.cat([new, step.past[name][:, :, columns:]], dim=2)

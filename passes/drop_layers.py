@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PassError
-from ..surgery.anatomy import Anatomy
+from ..surgery.anatomy import Anatomy, Idle
 from ..surgery.cuts import count_layers, take_layers
 from ..surgery.load import locate
 from .base import Pass, check_part
@@ -53,6 +53,16 @@ class DropLayers(Pass):
             raise PassError(
                 f"{self.name}: `{a.method}` counts on the {a.tower.layers} blocks that the tower has",
                 hint="put drop-layers before prune-tokens",
+            )
+        if self.part == "language" and a.ladder:
+            raise PassError(
+                f"{self.name}: `{a.inside}` names {len(a.ladder)} of the {a.language.layers} layers by number",
+                hint="put drop-layers before prune-inside",
+            )
+        if self.part == "language" and a.idle != Idle():
+            raise PassError(
+                f"{self.name}: visual tokens skip work in layers that are named by number",
+                hint="put drop-layers before skip-visual",
             )
         layers, most = self._layers(a), len(self._candidates(a)) - (self.part == "language")
         if not 1 <= self.count <= most:

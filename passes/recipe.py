@@ -28,14 +28,17 @@ from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
 from .drop_neurons import DropNeurons
+from .prune_inside import PruneInside
+from .prune_inside import from_flags as inside_from_flags
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
+from .skip_visual import SkipVisual
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, Quantize)
+    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, PruneInside, SkipVisual, Quantize)
 }
 
 
@@ -155,6 +158,9 @@ def from_flags(
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
     drop_neurons: Mapping[str, float] | None = None,
+    inside: str | None = None,
+    ladder: Sequence[tuple[int, float]] = (),
+    exit_layer: int | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
@@ -162,6 +168,8 @@ def from_flags(
 
     Args:
         method: how tokens are chosen; `usual_method` for None.
+        inside: how tokens leave inside the language model, at the layers of `ladder` or at the method's own.
+        exit_layer: from which no visual token goes on; rungs from there on are left out of a method's own ladder.
 
     Raises:
         PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
@@ -198,6 +206,9 @@ def from_flags(
     if keep is not None and (keep if isinstance(keep, tuple) else (keep,) * len(tokens)) != tokens:
         passes.append(PruneTokens(keep=keep, method=method, seed=seed))
     passes += cuts("language")
+    if inside is not None or ladder or exit_layer is not None:
+        kept = a.language.layers - layers.get("language", 0)
+        passes.append(inside_from_flags(inside, ladder, exit_layer, kept, a.language.levels))
     if quantize != "none":
         if quantize not in SCHEMES:
             raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import BundleError, nearest
-from ..manifest import GraphInfo, Manifest, TokenBudget
+from ..manifest import GraphInfo, Manifest, TokenBudget, visual_left
 from ..prompt import Picture, Prompt
 
 _state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no type stub
@@ -138,6 +138,7 @@ class Graphs:
             if tensor.name.startswith("past_")
         }
         self._bindings = {role: self._bind_states(role) for role in self._info}
+        self.kept: tuple[np.ndarray, ...] = ()  # of the last prompt, for each rung: its columns that went on, int64 [S]
 
     def _session(self, folder: Path, provider: str, threads: int, info: GraphInfo) -> ort.InferenceSession:
         if info.file not in self._sessions:
@@ -151,8 +152,13 @@ class Graphs:
         for name, buffer in self._states.items():
             binding.bind_ortvalue_input(f"past_{name}", buffer)
             binding.bind_ortvalue_output(f"present_{name}", buffer)
-        binding.bind_output("logits", "cpu")
+        for name in [*self._rungs(role), "logits"]:
+            binding.bind_output(name, "cpu")
         return binding
+
+    def _rungs(self, role: str) -> list[str]:
+        """Outputs of prefill that say which columns went on."""
+        return [tensor.name for tensor in self._info[role].outputs if tensor.name.startswith("kept_")]
 
     def vision(self, picture: Picture) -> Sight:
         """Encode one picture.
@@ -184,13 +190,22 @@ class Graphs:
                     rows = sight.features if tensor.name == "image_features" else sight.levels[int(level)]
                     table[index * k : index * k + len(rows)] = rows
                 inputs[tensor.name] = table
-        return self._step("prefill", inputs)
+        logits = self._step("prefill", inputs | self._left(prompt))
+        outputs = self._bindings["prefill"].get_outputs()[-1 - len(self.budget.ladder) : -1]
+        places = [value.numpy()[0] for value in outputs]
+        self.kept = tuple(place[place < prompt.length] for place in places)
+        return logits
+
+    def _left(self, prompt: Prompt) -> dict[str, np.ndarray]:
+        ladder = self.budget.ladder
+        return {"left": np.array([visual_left(ladder, prompt.counts, rung.layer) for rung in ladder])} if ladder else {}
 
     def decode(self, token: int, prompt: Prompt, count: int) -> np.ndarray:
         """One token; `count` were fed since the prompt -> logits of the next token, float32 [V]."""
         position = np.full((prompt.layout.axes, 1), prompt.next_position + count)
         length = np.array([prompt.length + count + 1])
-        return self._step("decode", {"input_ids": np.array([[token]]), "position_ids": position, "length": length})
+        inputs = {"input_ids": np.array([[token]]), "position_ids": position, "length": length}
+        return self._step("decode", inputs | self._left(prompt))
 
     def states(self) -> dict[str, np.ndarray]:
         """Copies of what the language model remembers: key_i, value_i [1, kv_heads, C, head_dim], conv_i."""

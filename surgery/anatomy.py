@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..manifest import Bucket, Layout
+from ..manifest import Bucket, Layout, Rung, visual_left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,22 @@ class Language:
     tied: bool  # the input embedding is the output projection
     max_positions: int
     solid: str | None = None  # why no neuron can leave its MLPs
+    levels: int = 0  # DeepStack features, added behind the first so many layers
+    window: int | None = None  # of its sliding layers, in columns; None if every layer sees all
+    stiff: str | None = None  # why visual tokens cannot leave between its layers
 
     @property
     def layers(self) -> int:
         return len(self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle:
+    """Language layers in which visual tokens of a prompt do less work than text."""
+
+    mlp: tuple[int, ...] = ()  # they skip the MLP
+    layers: tuple[int, ...] = ()  # they go by, and only give keys and values
+    apart: tuple[int, ...] = ()  # they attend to text and themselves, not to each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +84,9 @@ class Anatomy:
     method: str | None = None  # how they are chosen; None keeps all
     query_dependent: bool = False  # whether the choice depends on the question: features serve that question alone
     leaving: tuple[tuple[int, ...], ...] = ()  # for each bucket, tokens that leave the tower in each block; or empty
+    inside: str | None = None  # how those are chosen that go on inside the language model; None keeps all
+    ladder: tuple[Rung, ...] = ()  # at which of its layers how many do
+    idle: Idle = Idle()
     quantized: tuple[str, ...] = ()  # parts whose linears are int8: vision, language
 
     @property
@@ -119,12 +134,19 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0
     patch = 3 * t.patch_size**2 * t.hidden
     tower_flops += 2 * (rows - t.has_cls * len(segments)) * patch
     tower_parameters += patch
-    sequence = images * a.keep[bucket] + text_tokens
     lm_flops = lm_parameters = 0
-    for heads, kv_heads, neurons in zip(lm.heads, lm.kv_heads, lm.intermediate, strict=True):
-        linears = lm.hidden * lm.head_dim * (2 * heads + 2 * kv_heads) + 3 * lm.hidden * neurons
-        lm_parameters += linears
-        lm_flops += 2 * sequence * linears + 2 * sequence * sequence * heads * lm.head_dim  # causal: half the square
+    counts = (a.keep[bucket],) * images
+    for layer, (heads, kv_heads, neurons) in enumerate(zip(lm.heads, lm.kv_heads, lm.intermediate, strict=True)):
+        sequence = sum(counts) + text_tokens - visual_left(a.ladder, counts, layer)
+        keys, rest = 2 * lm.hidden * lm.head_dim * kv_heads, 2 * lm.hidden * lm.head_dim * heads
+        mlp = 3 * lm.hidden * neurons
+        lm_parameters += keys + rest + mlp
+        asking = text_tokens if layer in a.idle.layers else sequence
+        square = sequence * sequence / 2  # causal: half of it
+        if layer in (*a.idle.layers, *a.idle.apart):  # text asks all; visual tokens nobody, or text and themselves
+            square = text_tokens * sequence + (sequence - text_tokens) * (text_tokens + 1) * (layer in a.idle.apart)
+        lm_flops += 2 * sequence * keys + 2 * asking * rest + int(4 * square * heads * lm.head_dim)
+        lm_flops += 2 * (text_tokens if layer in (*a.idle.mlp, *a.idle.layers) else sequence) * mlp
     vocabulary = lm.hidden * lm.vocabulary
     return [
         Cost("vision tower", images * tower_flops, tower_parameters),
@@ -134,6 +156,7 @@ def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0
     ]
 
 
-def kv_bytes(a: Anatomy, tokens: int, element_bytes: int = 4) -> int:
-    """Bytes of the KV cache for `tokens` rows."""
-    return sum(2 * tokens * kv * a.language.head_dim * element_bytes for kv in a.language.kv_heads)
+def kv_bytes(a: Anatomy, tokens: int, images: int = 1, element_bytes: int = 4) -> int:
+    """Bytes of the KV cache for `tokens` rows, visual tokens of so many images among them."""
+    counts, width = (max(a.keep),) * images, 2 * a.language.head_dim * element_bytes
+    return sum(width * kv * (tokens - visual_left(a.ladder, counts, i)) for i, kv in enumerate(a.language.kv_heads))

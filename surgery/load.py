@@ -70,6 +70,9 @@ def describe(model: Any) -> Anatomy:
         leaving=leaving(about.selection.selector, about.buckets, about.selection.keep, len(parts.tower_layers))
         if about.selection
         else (),
+        inside=about.inside.leaver.method if about.inside else None,
+        ladder=about.inside.ladder if about.inside else (),
+        idle=about.idle,
         quantized=tuple(quantized),
     )
 

@@ -7,7 +7,7 @@ family; a projector that works token by token still runs on the kept ones only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..manifest import Bucket, Panel
+from .anatomy import Idle
 from .picking import Judge, Picker
 
 
@@ -225,6 +226,8 @@ class Attached:
     family: Any  # surgery.families.base.Family
     buckets: tuple[Bucket, ...]
     selection: Selection | None = None
+    inside: Any = None  # surgery.inside.Inside
+    idle: Idle = field(default_factory=Idle)
 
     def keep(self, bucket: int) -> int:
         """Visual tokens that an image of this bucket keeps."""

@@ -7,7 +7,7 @@ length are read together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..manifest import visual_left
 from ..prompt import Picture, Prompt
+from .anatomy import Idle
+from .inside import Columns, Landing, Passage, passing
 from .load import locate
 from .selection import attached
 from .vision import Seen, prepare, read_question, see
@@ -53,6 +56,7 @@ class Talk:
     logits: Tensor  # [B, V]
     cache: Any
     positions: Tensor  # int64 [B]: of the next token
+    kept: tuple[Tensor, ...] = ()  # for each rung of the ladder, the columns that went on, int64 [B, S]
 
     @classmethod
     @torch.no_grad()
@@ -83,7 +87,12 @@ class Talk:
             levels = zip(*(s.levels for s in pictures), strict=True)
             extra |= {"visual_pos_masks": place, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
         after = torch.tensor([p.next_position for p in prompts])
-        return cls(model, torch.empty(0), cache, after)._run(x, position_ids, extra)
+        talk = cls(model, torch.empty(0), cache, after)
+        if attached(model).inside is None and attached(model).idle == Idle():
+            return talk._run(x, position_ids, extra)
+        with passing(model, _passage(model, x, prompts, place, blocks)) as passage:
+            talk = talk._run(x, position_ids, extra)
+        return replace(talk, kept=tuple(passage.kept))
 
     @torch.no_grad()
     def say(self, tokens: Tensor, change: Change = unchanged) -> Talk:
@@ -112,6 +121,19 @@ class Talk:
             else:
                 found |= {f"key_{i}": layer.keys[0], f"value_{i}": layer.values[0]}
         return found
+
+
+def _passage(model: Any, x: Tensor, prompts: Sequence[Prompt], visual: Tensor, blocks: Tensor | None) -> Passage:
+    """Prompts that lose visual tokens on their way: as many of each, or the rows of a batch would differ."""
+    inside, counts = attached(model).inside, prompts[0].counts
+    ladder = inside.ladder if inside else ()
+    length, total = x.shape[1], sum(counts)
+    gone = [visual_left(ladder, counts, rung.layer) for rung in ladder]
+    if any(p.counts != counts for p in prompts):
+        raise ValueError("prompts that have different numbers of visual tokens are not read together")
+    landings = [Landing(length - n, total - n, torch.tensor([n])) for n in gone]
+    places = torch.arange(length)[None].expand(len(x), -1)
+    return Passage(model, x, Columns(places, visual, torch.tensor([length]), blocks), total, landings)
 
 
 _COLUMNS = ("input_ids", "visual_index")

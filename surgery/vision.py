@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .families.base import Encoded, Family
 from .first_layer import first_layer
 from .merging import between
 from .selection import Tap, Text, TowerState, attached, places
-
-_TAP = "vlmcut_tap"
+from .taps import tapping
 
 
 @dataclass(frozen=True)
@@ -29,51 +26,6 @@ class Seen:
     features: Tensor  # [K, hidden]
     kept: Tensor  # int64 [K], ascending
     levels: tuple[Tensor, ...] = ()  # DeepStack: added behind language layer 0, 1, …; [K, hidden] each
-
-
-@dataclass
-class _Rows:
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # q and k of each call
-    scale: float = 1.0
-
-
-@contextmanager
-def _tapping(blocks: Mapping[int, Any]) -> Iterator[Mapping[int, _Rows]]:
-    """While inside, keep the q and k of these tower attentions, block -> module: what scores are made of.
-
-    They are taken where the block hands them to its attention function, so norms, rotary embeddings and a fused qkv
-    need no code of ours, and nothing is computed twice.
-    """
-    taps = {block: _Rows() for block in blocks}
-    if not blocks:
-        yield taps
-        return
-    wanted = {id(module): taps[block] for block, module in blocks.items()}
-    configs = list({id(module.config): module.config for module in blocks.values()}.values())
-    before = configs[0]._attn_implementation
-    inner = ALL_ATTENTION_FUNCTIONS[before]
-
-    def function(module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tap = wanted.get(id(module))
-        if tap is not None:
-            tap.rows.append((q, k))
-            tap.scale = kwargs.get("scaling") or q.shape[-1] ** -0.5
-        return inner(module, q, k, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[_TAP] = function
-    # Without one of its name a mask is dropped silently. transformers asks the global table: only `register` fills it.
-    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-    if before in masks:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_TAP, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    for config in configs:  # `_attn_implementation` would set the masks of all parts of a composite config too
-        config._attn_implementation_internal = _TAP
-    try:
-        yield taps
-    finally:
-        for config in configs:
-            config._attn_implementation_internal = before
-        del ALL_ATTENTION_FUNCTIONS[_TAP]
-        masks.pop(_TAP, None)
 
 
 @dataclass(frozen=True)
@@ -133,7 +85,7 @@ def look(
     leaving = about.selection.selector.leaving(bucket.tokens, keep, len(layers)) if about.selection else ()
     has_cls, stream = family.has_cls(model.config), None
     with ExitStack() as stack:
-        taps = stack.enter_context(_tapping({b: scored[b] for b in (scored if any(leaving) else blocks)}))
+        taps = stack.enter_context(tapping({b: scored[b] for b in (scored if any(leaving) else blocks)}))
         if any(leaving):
             assert about.selection is not None
             stream = stack.enter_context(between(layers, taps, leaving, about.selection.selector.inside, has_cls))

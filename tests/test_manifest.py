@@ -126,7 +126,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest
 def test_other_schemas_are_refused(tmp_path_factory: pytest.TempPathFactory, schema: int) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     (folder / "manifest.json").write_text(json.dumps({"schema": schema}))
-    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 3"):
+    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 4"):
         read(folder)
 
 

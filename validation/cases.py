@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Case:
 
     prompt: Prompt  # shrunk to the kept tokens
     seen: tuple[Sight, ...]  # of each picture
+    kept: tuple[np.ndarray, ...]  # at each rung of the ladder, the columns that went on, int64 [S]
     prefill_logits: np.ndarray  # [V]
     prefill_states: dict[str, np.ndarray]  # what the cache holds after the prompt; rows of key_i, value_i: L
     tokens: np.ndarray  # int64 [T], fed one by one
@@ -48,6 +49,7 @@ class Case:
             "prefill_logits": self.prefill_logits.astype(np.float32),
             "decode_logits": self.decode_logits.astype(np.float32),
         }
+        arrays |= {f"kept/{i}": columns for i, columns in enumerate(self.kept)}
         for kind in ("prefill", "decode"):
             states = getattr(self, f"{kind}_states")
             arrays |= {f"{kind}_state/{name}": value.astype(np.float32) for name, value in states.items()}
@@ -83,6 +85,7 @@ def read_case(path: Path, layout: Layout) -> Case:
         return Case(
             prompt,
             tuple(seen),
+            tuple(data[f"kept/{i}"] for i in range(sum(name.startswith("kept/") for name in data))),
             data["prefill_logits"],
             _below(data, "prefill_state/"),
             data["tokens"],
@@ -116,14 +119,22 @@ def distances(graphs: Graphs, case: Case) -> Distances:
         found = worst([found, one])
     logits = graphs.prefill(prompt, case.seen)
     found["prefill", "logits"] = _distance(logits, case.prefill_logits)
-    length = prompt.length
-    found |= _state_distance("prefill", graphs.states(), case.prefill_states, slice(0, length))
+    for have, want in zip(graphs.kept, case.kept, strict=True):
+        wrong = float(np.setxor1d(have, want).size)
+        found["prefill", "kept"] = max(wrong, found.get(("prefill", "kept"), 0.0))
+    ladder = graphs.budget.ladder
+    found |= _state_distance(
+        "prefill", graphs.states(), case.prefill_states, lambda i: slice(0, prompt.rows(ladder, i))
+    )
     steps = []
     for count, token in enumerate(case.tokens):
         steps.append(graphs.decode(int(token), prompt, count))
     found["decode", "logits"] = _distance(np.stack(steps), case.decode_logits)
-    rows = slice(length, length + len(case.tokens))
-    return found | _state_distance("decode", graphs.states(), case.decode_states, rows)
+
+    def new(layer: int) -> slice:
+        return slice(prompt.rows(ladder, layer), prompt.rows(ladder, layer) + len(case.tokens))
+
+    return found | _state_distance("decode", graphs.states(), case.decode_states, new)
 
 
 def state_kind(name: str) -> str:
@@ -131,12 +142,17 @@ def state_kind(name: str) -> str:
     return name.rsplit("_", 1)[0]
 
 
+def layer_of(name: str) -> int:
+    """Of key_i, value_i or conv_i: i."""
+    return int(name.rsplit("_", 1)[1])
+
+
 def _state_distance(
-    graph: str, have: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], rows: slice
+    graph: str, have: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], rows: Callable[[int], slice]
 ) -> Distances:
     found: dict[tuple[str, str], list[float]] = {}
     for name, value in want.items():
-        mine = have[name][0] if state_kind(name) == "conv" else have[name][0, :, rows]
+        mine = have[name][0] if state_kind(name) == "conv" else have[name][0, :, rows(layer_of(name))]
         found.setdefault((graph, f"present_{state_kind(name)}"), []).append(_distance(mine, value))
     return {key: _largest(values) for key, values in found.items()}
 

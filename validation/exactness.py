@@ -20,6 +20,7 @@ from ..manifest import ExactnessRow, TokenBudget
 from ..prompt import Picture, Prompt, assemble
 from ..runtime.sessions import Graphs, Sight
 from ..surgery.anatomy import Anatomy
+from ..surgery.inside import choosing
 from ..surgery.picking import Follow
 from ..surgery.selection import attached, judge
 from ..surgery.talk import Talk, unchanged
@@ -78,13 +79,14 @@ def measure(
     recorded = []
     flips: list[tuple[float, str]] = []
     verdict = Exactness()
-    kept = _Kept()
+    kept, kept_inside = _Kept(), _Inside()
     for whole in fresh_prompts(a, budget, seed):
         choice = [graphs.vision(picture).kept for picture in whole.pictures]
         for picture, positions in zip(whole.pictures, choice, strict=True):
             nudge = seed + 1 if "vision" in a.quantized else None  # see below
             kept.look(model, exact, picture, torch.from_numpy(positions)[None], nudge)
-        case = _record(exact, whole.shrink(choice), choice, min(GREEDY, budget.new_tokens))
+        case = _record(exact, graphs, whole.shrink(choice), choice, min(GREEDY, budget.new_tokens))
+        kept_inside.look(model, exact, case)
         recorded.append(case)
         found.append(cases.distances(graphs, case))
         floors.append(_floor(model, case))
@@ -95,10 +97,12 @@ def measure(
         flips += _compare_tokens(verdict, model, graphs, case, name)
     far, floor = cases.worst(found), cases.worst(floors)
     far["vision", "kept"], floor["vision", "kept"] = kept.regret, kept.noise
+    if budget.ladder:
+        far["prefill", "kept"], floor["prefill", "kept"] = kept_inside.regret, kept_inside.noise
+    notes = {("vision", "kept"): kept.note, ("prefill", "kept"): kept_inside.note}
     multiple = MULTIPLE_INT8 if a.quantized else MULTIPLE
     for (graph, output), value in far.items():
         tolerance = multiple * max(floor[graph, output], _LEAST)
-        note = kept.note if output == "kept" else ""
         verdict.rows.append(
             ExactnessRow(
                 graph=name + graph,
@@ -107,7 +111,7 @@ def measure(
                 floor=floor[graph, output],
                 tolerance=tolerance,
                 ok=bool(value <= tolerance),
-                note=note,
+                note=notes.get((graph, output), ""),
             )
         )
     # A flip between two logits that rounding alone may swap is a near tie, not a fault; it is counted and shown.
@@ -160,13 +164,17 @@ def _picture(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return (coarse + fine).astype(np.float32)
 
 
-def _record(exact: Any, prompt: Prompt, choice: Sequence[np.ndarray], count: int) -> Case:
+def _record(exact: Any, graphs: Graphs, prompt: Prompt, choice: Sequence[np.ndarray], count: int) -> Case:
     seen = [
         reference.see(exact, picture, torch.from_numpy(kept)[None])
         for picture, kept in zip(prompt.pictures, choice, strict=True)
     ]
-    talk = Talk.read(exact, [prompt], [seen])
-    first, before = talk.logits[0], _states(talk, slice(0, prompt.length))
+    sights = [Sight(s.features.numpy(), s.kept.numpy(), tuple(x.numpy() for x in s.levels)) for s in seen]
+    graphs.prefill(prompt, sights)  # who goes on inside the language model is the runtime's choice too
+    kept, ladder = graphs.kept, graphs.budget.ladder
+    with reference.passing(exact, prompt, kept):
+        talk = Talk.read(exact, [prompt], [seen])
+    first, before = talk.logits[0], _states(talk, lambda layer: slice(0, prompt.rows(ladder, layer)))
     tokens, steps = [], []
     for _ in range(count):
         tokens.append(int(talk.logits[0].argmax()))
@@ -174,18 +182,22 @@ def _record(exact: Any, prompt: Prompt, choice: Sequence[np.ndarray], count: int
         steps.append(talk.logits[0])
     return Case(
         prompt,
-        tuple(Sight(s.features.numpy(), s.kept.numpy(), tuple(x.numpy() for x in s.levels)) for s in seen),
+        tuple(sights),
+        kept,
         first.numpy(),
         {name: x.numpy() for name, x in before.items()},
         np.array(tokens),
         torch.stack(steps).numpy(),
-        {name: x.numpy() for name, x in _states(talk, slice(prompt.length, None)).items()},
+        {name: x.numpy() for name, x in _states(talk, lambda i: slice(prompt.rows(ladder, i), None)).items()},
     )
 
 
-def _states(talk: Talk, rows: slice) -> dict[str, torch.Tensor]:
-    """Copies, since a convolution's state is edited in place."""
-    return {name: (x if cases.state_kind(name) == "conv" else x[:, rows]).clone() for name, x in talk.states().items()}
+def _states(talk: Talk, rows: Callable[[int], slice]) -> dict[str, torch.Tensor]:
+    """What is remembered, these rows of each layer; copies, since a convolution's state is edited in place."""
+    return {
+        name: (x if cases.state_kind(name) == "conv" else x[:, rows(cases.layer_of(name))]).clone()
+        for name, x in talk.states().items()
+    }
 
 
 def _nudge(x: torch.Tensor, seed: int) -> torch.Tensor:
@@ -218,16 +230,17 @@ def _floor(model: Any, case: Case, nudge: int | None = None) -> Distances:
         Seen(torch.from_numpy(s.features).to(dtype), torch.from_numpy(s.kept), _tensors(s.levels, dtype))
         for s in case.seen
     ]
-    talk = Talk.read(model, [case.prompt], [exact], nudged)
+    with reference.passing(model, case.prompt, case.kept):
+        talk = Talk.read(model, [case.prompt], [exact], nudged)
     found["prefill", "logits"] = far(talk.logits[0], case.prefill_logits)
-    length = case.prompt.length
-    found |= _far_states("prefill", _states(talk, slice(0, length)), case.prefill_states, far)
+    lengths = {cases.layer_of(n): 0 if x.ndim < 3 else x.shape[1] for n, x in case.prefill_states.items()}
+    found |= _far_states("prefill", _states(talk, lambda i: slice(0, lengths[i])), case.prefill_states, far)
     steps = []
     for token in case.tokens:
         talk = talk.say(torch.tensor([int(token)]), nudged)
         steps.append(talk.logits[0])
     found["decode", "logits"] = far(torch.stack(steps), case.decode_logits)
-    return found | _far_states("decode", _states(talk, slice(length, None)), case.decode_states, far)
+    return found | _far_states("decode", _states(talk, lambda i: slice(lengths[i], None)), case.decode_states, far)
 
 
 def _tensors(levels: Sequence[np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -243,6 +256,55 @@ def _far_states(
     return cases.worst(
         [{(graph, f"present_{cases.state_kind(name)}"): far(have[name], value)} for name, value in want.items()]
     )
+
+
+@dataclass
+class _Inside:
+    """Who went on inside the language model, judged by the reference's own scores."""
+
+    prompts: int = 0
+    other: int = 0
+    regret: float = 0.0
+    noise: float = 0.0
+
+    def look(self, model: Any, exact: Any, case: Case) -> None:
+        """Judge what the runtime kept of a prompt whose features were the reference's."""
+        if not case.kept:
+            return
+        self.prompts += 1
+        judges = reference.judges(case.prompt, case.kept)
+        with choosing(exact, judges):
+            again = _read(exact, case).kept
+        self.other += any(
+            not np.array_equal(mine[0], kept) for mine, kept in zip(_read(exact, case).kept, case.kept, strict=True)
+        )
+        if any(not np.array_equal(mine[0], kept) for mine, kept in zip(again, case.kept, strict=True)):
+            self.regret = float("inf")  # no score excuses it
+            return
+        follows = [Follow(judge.calls) for judge in judges]
+        with choosing(model, follows):
+            _read(model, case)
+        for judged, follow in zip(judges, follows, strict=True):
+            for call, one in zip(judged.calls, follow.noise, strict=True):
+                if call.shortfall / max(one, _LEAST) >= self.regret / max(self.noise, _LEAST):
+                    self.regret, self.noise = call.shortfall, one if call.shortfall else max(self.noise, one)
+
+    @property
+    def note(self) -> str:
+        if not self.other:
+            return f"equal on {self.prompts} prompts"
+        return (
+            f"other tokens on {self.other} of {self.prompts} prompts; the distance is what their scores fall short by"
+        )
+
+
+def _read(model: Any, case: Case) -> Talk:
+    """The prompt of a case with the reference's features."""
+    features = [
+        Seen(torch.from_numpy(s.features).to(model.dtype), torch.from_numpy(s.kept), _tensors(s.levels, model.dtype))
+        for s in case.seen
+    ]
+    return Talk.read(model, [case.prompt], [features])
 
 
 @dataclass
@@ -315,8 +377,9 @@ def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, 
         reference.see(model, picture, torch.from_numpy(sight.kept)[None])
         for picture, sight in zip(case.prompt.pictures, sights, strict=True)
     ]
-    talk = Talk.read(model, [case.prompt], [seen])
     logits = graphs.prefill(case.prompt, sights)
+    with reference.passing(model, case.prompt, graphs.kept):
+        talk = Talk.read(model, [case.prompt], [seen])
     flips = []
     for step in range(len(case.tokens)):
         want, have = int(talk.logits[0].argmax()), int(logits.argmax())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..prompt import Picture
+from ..prompt import Picture, Prompt
+from ..surgery import inside
 from ..surgery.norms import widen
-from ..surgery.selection import TowerState, attached
+from ..surgery.picking import Judge
+from ..surgery.selection import TowerState, attached, judge
 from ..surgery.talk import Change, see_picture, unchanged
 from ..surgery.vision import Seen, look, prepare, read_question
 
@@ -45,6 +48,16 @@ def see(model: Any, picture: Picture, kept: Tensor | None = None, change: Change
     """One picture, with its own choice of tokens or the given one, int64 [1, K]."""
     with choosing(model, kept):
         return see_picture(model, picture, change)
+
+
+def judges(prompt: Prompt, kept: Sequence[np.ndarray]) -> list[Judge]:
+    """Pickers confined to the columns that went on at each rung, int64 [S]."""
+    return [judge(torch.from_numpy(columns)[None], prompt.length) for columns in kept]
+
+
+def passing(model: Any, prompt: Prompt, kept: Sequence[np.ndarray]) -> AbstractContextManager[None]:
+    """While inside, these columns of the prompt go on at each rung, whatever the method says; of no ladder, nothing."""
+    return inside.choosing(model, judges(prompt, kept)) if kept else nullcontext()
 
 
 @torch.no_grad()

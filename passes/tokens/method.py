@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ...errors import PassError, nearest
 from ...manifest import Bucket
@@ -70,7 +70,15 @@ def last(scored: Sequence[int], options: Options) -> Sequence[int]:
     return scored[-1:]
 
 
-def parse(spec: str, methods: Mapping[str, Method], where: str) -> tuple[Method, dict[str, Any]]:
+class _Row(Protocol):
+    @property
+    def options(self) -> Options: ...
+
+
+Row = TypeVar("Row", bound=_Row)
+
+
+def parse(spec: str, methods: Mapping[str, Row], where: str) -> tuple[Row, dict[str, Any]]:
     """`name:option=value:…` -> the row and its options, each with a value.
 
     Raises:

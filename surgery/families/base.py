@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,6 +66,7 @@ class Family:
     first_position = 0
     logits_scaling = -1  # the power of a config's `logits_scaling` that logits are multiplied with; Granite's divides
     tower_mask = True  # whether a mask that the tower makes for one image says anything
+    stiff: str | None = None  # why visual tokens cannot leave between language layers
     fixed_tower: str | None = None  # why tower layers cannot be dropped: the config names some by number
     rigid: str | None = "its visual tokens are not the rows of its tower, one for one"  # so none can leave inside it
     also: frozenset[str] = frozenset()  # fields that the config's class sets without declaring them
@@ -176,13 +177,13 @@ class Family:
         cap = getattr(text, "final_logit_softcapping", None)
         return out if cap is None else torch.tanh(out / cap) * cap
 
-    def states(self, model: Any, rows: int) -> dict[str, tuple[int, ...]]:
-        """What each language layer remembers, name -> shape: key_i, value_i of `rows` rows, or conv_i."""
+    def states(self, model: Any, rows: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """What each language layer remembers, name -> shape: key_i, value_i of `rows[i]` rows, or conv_i."""
         found: dict[str, tuple[int, ...]] = {}
         for index, block in enumerate(self.locate(model).language_layers):
             attention = find_attention(block)
             if attention is not None:
-                shape = (1, kv_heads(attention), rows, head_dim(attention))
+                shape = (1, kv_heads(attention), rows[index], head_dim(attention))
                 found |= {f"key_{index}": shape, f"value_{index}": shape}
                 continue
             conv = next(m for m in block.modules() if isinstance(m, nn.Conv1d))
@@ -270,6 +271,9 @@ class Family:
             tied=parts.head.weight is parts.language.get_input_embeddings().weight,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
             solid=solid(parts.language_layers),
+            levels=self.levels(model.config),
+            window=_window(text),
+            stiff=self.stiff or _stiff(attention),
         )
 
 
@@ -322,6 +326,19 @@ def flat(features: Any) -> Tensor:
     if isinstance(features, (list, tuple)):
         features = features[0] if len(features) == 1 else torch.cat(list(features))
     return features.flatten(0, -2)
+
+
+def _window(text: Any) -> int | None:
+    """Columns that sliding layers see back; None if there are none."""
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    return window if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def _stiff(attention: Sequence[Any]) -> str | None:
+    """Why visual tokens cannot leave between language layers; `attention` of each layer."""
+    index = next((i for i, one in enumerate(attention) if one is None), None)
+    return None if index is None else f"layer {index} mixes neighbouring columns, and who leaves changes neighbours"
 
 
 def _undeclared(config: Any) -> list[str]:

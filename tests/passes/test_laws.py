@@ -75,6 +75,8 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
+    "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
+    "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
@@ -83,6 +85,8 @@ REAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.3),
     "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
+    "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
+    "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.

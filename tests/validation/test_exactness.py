@@ -361,7 +361,8 @@ def test_golden_case_with_everything(tmp_path: Path) -> None:
     prompt = prompt.shrink([np.array([1, 3]), np.array([0])])
     seen = tuple(Sight(draw(n, 5), np.arange(n), (draw(n, 5), draw(n, 5))) for n in (2, 1))
     states = {"key_0": draw(2, 6, 4), "value_0": draw(2, 6, 4), "conv_1": draw(5, 3)}
-    case = cases.Case(prompt, seen, draw(11), states, np.array([4, 5]), draw(2, 11), dict(states))
+    kept = (np.array([0, 1, 4]), np.array([0, 4]))
+    case = cases.Case(prompt, seen, kept, draw(11), states, np.array([4, 5]), draw(2, 11), dict(states))
     case.save(tmp_path / "x.npz")
     same(case, cases.read_case(tmp_path / "x.npz", layout))
 

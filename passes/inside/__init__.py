@@ -1,0 +1,1 @@
+"""Methods by which visual tokens leave inside the language model: scores, and the table that composes them."""

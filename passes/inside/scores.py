@@ -1,0 +1,52 @@
+"""Scores of columns at a layer's entry, float32 or wider: larger is more worth keeping.
+
+Attention is recomputed from queries and keys as the layer's attention takes them, over all columns that a row sees.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...surgery.inside import LayerState
+from ...surgery.selection import Tap
+from ..tokens.scores import wide
+
+
+def visual(state: LayerState, score: Tensor) -> Tensor:
+    """[S] -> [1, S], -inf where there is no visual token."""
+    return torch.where(state.columns.visual, score[None], -math.inf)
+
+
+def asked(state: LayerState, tap: Tap) -> Tensor:
+    """How much the last column of the prompt looks at each, mean over heads: [S]."""
+    return state.attention(tap, state.last)[:, 0].mean(dim=0)
+
+
+def text(state: LayerState) -> Tensor:
+    """Real columns that are no image, and stand behind the first visual one: bool [S]."""
+    columns = state.columns
+    behind = torch.cumsum(columns.visual[0].to(torch.int64), dim=0) > 0
+    return behind & ~columns.visual[0] & columns.real[0]
+
+
+def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum over query columns: [..., S, S] and [S] -> [..., S]."""
+    return (rows * wide(weight)[:, None]).sum(dim=-2)
+
+
+def raters(state: LayerState) -> Tensor:
+    """Text columns that visual tokens find in themselves more than on average: bool [S].
+
+    SparseVLM, arXiv:2410.04417, section 3.2: softmax over text of the product of what entered the language model, mean
+    over visual tokens; those above the mean of all text.
+    """
+    words, seen = text(state), state.columns.visual[0]
+    entered = wide(state.embedded[0])
+    score = torch.where(words, entered @ entered.T, torch.finfo(entered.dtype).min)
+    share = torch.softmax(score, dim=-1) * (seen[:, None] & words)
+    strength = share.sum(dim=0) / seen.sum().clamp(min=1)
+    mean = strength.sum() / words.sum().clamp(min=1)
+    return words & (strength > mean)

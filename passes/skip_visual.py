@@ -1,0 +1,146 @@
+"""Visual tokens do less work than text in some layers of the language model, and none of them leaves.
+
+| what | visual columns of these layers |
+|---|---|
+| mlp | skip the MLP |
+| layer | go by unchanged; text still attends to keys and values made of them |
+| apart | attend to the text before them and to themselves, not to each other |
+
+Work leaves the graph: products have as many rows as there are text columns. Decode does not change.
+
+Source: YOPO, "Treat visual tokens as text? But your MLLM only needs fewer efforts to see" (arXiv:2410.06169), and for
+`apart` NAAViT of SAISA (arXiv:2502.02458). We differ: nothing is trained for it, and layers are chosen by how little it
+changes visual columns on calibration images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import PassError, nearest
+from ..surgery.anatomy import Anatomy
+from ..surgery.load import locate
+from ..surgery.neurons import find_mlp
+from ..surgery.selection import attached
+from ..surgery.talk import Talk, see_all
+from .base import Pass
+from .calibration import Calibration
+from .inside.methods import METHODS
+from .tokens.method import parse
+
+WHATS = {"mlp": "mlp", "layer": "layers", "apart": "apart"}  # and the field of Idle
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipVisual(Pass):
+    """In `count` layers, those where it changes visual columns least, or in `layers`, visual columns skip `what`."""
+
+    name: ClassVar[str] = "skip-visual"
+    summary: ClassVar[str] = "visual tokens skip MLPs, whole layers or each other in the language model; none leaves"
+    source: ClassVar[str] = "YOPO, arXiv:2410.06169; NAAViT, arXiv:2502.02458"
+
+    what: str  # mlp, layer or apart
+    count: int
+    layers: tuple[int, ...] | None = None  # measured when absent
+
+    def plan(self, a: Anatomy) -> Anatomy:
+        if self.what not in WHATS:
+            raise PassError(f"{self.name}: nothing to skip is called `{self.what}`", hint=nearest(self.what, WHATS))
+        language = a.language
+        if self.what == "mlp" and language.solid is not None:
+            raise PassError(f"{self.name}: no MLP of `{a.family}` can be skipped: {language.solid}")
+        if self.what != "mlp" and language.stiff is not None:
+            raise PassError(f"{self.name}: columns of `{a.family}` cannot be told apart: {language.stiff}")
+        if a.language.window is not None and self.what != "mlp":
+            raise PassError(
+                f"{self.name}: some layers of `{a.family}` see {language.window} columns back, and one that runs "
+                "on text alone sees all",
+                hint='use what = "mlp"',
+            )
+        free = self.candidates(a)
+        if not 1 <= self.count <= len(free):
+            raise PassError(
+                f"{self.name}: count={self.count}, but visual tokens can skip {len(free)} of {language.layers} layers",
+                hint=f"choose 1 to {len(free)}" if free else "leave this pass out",
+            )
+        layers = self.layers if self.layers is not None else free[: self.count]  # counts are what matters here
+        if len(set(layers)) != self.count or not set(layers) <= set(free):
+            raise PassError(
+                f"{self.name}: layers={list(layers)} must be {self.count} different ones of {list(free)}",
+                hint="leave `layers` out to have them measured",
+            )
+        field = WHATS[self.what]
+        return replace(a, idle=replace(a.idle, **{field: tuple(sorted((*getattr(a.idle, field), *layers)))}))
+
+    def candidates(self, a: Anatomy) -> tuple[int, ...]:
+        """Layers in which visual columns may skip it.
+
+        Not those where they do less already, nor, in halves, those whose queries and keys choose who goes on.
+        """
+        taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart}
+        if self.what != "mlp" and a.inside is not None and parse(a.inside, METHODS, self.name)[0].choose is not None:
+            taken |= {layer for rung in a.ladder if rung.share for layer in (rung.layer - 1, rung.layer)}
+        last = a.ladder[-1].layer if a.ladder and not a.ladder[-1].share else a.language.layers
+        return tuple(i for i in range(a.language.layers) if i not in taken and i < last)
+
+    def notes(self, a: Anatomy) -> list[str]:
+        return [] if self.layers is not None else [f"which layers visual tokens skip ({self.what}) is measured"]
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.layers is None
+
+    def resolve(self, model: Any, a: Anatomy, calibration: Calibration) -> Self:
+        if self.layers is not None:
+            return self
+        change = visual_change(model, self.what, self.candidates(a), calibration)
+        order = sorted(self.candidates(a), key=lambda i: (change[i], i))
+        return replace(self, layers=tuple(sorted(order[: self.count])))
+
+    def apply(self, model: Any, a: Anatomy) -> None:
+        attached(model).idle = self.plan(a).idle
+
+
+def visual_change(model: Any, what: str, layers: Sequence[int], calibration: Calibration) -> dict[int, float]:
+    """How far each of these layers, for `mlp` its MLP, moves visual columns: |change| / |column|, mean over columns.
+
+    For `apart` it is the whole layer too: how far attention to other visual tokens moves them is not told apart.
+    """
+    blocks: Any = locate(model).language_layers
+    sums, columns = dict.fromkeys(layers, 0.0), 0
+    length, seen = [torch.zeros(0)] * len(blocks), torch.zeros(0)
+
+    def enter(index: int, x: Tensor) -> None:
+        length[index] = x[0][seen].double().norm(dim=-1).clamp(min=1e-30)
+
+    def add(index: int, moved: Tensor) -> None:
+        sums[index] += float((moved[0][seen].double().norm(dim=-1) / length[index]).sum())
+
+    hooks = []
+    for i, block in [(i, blocks[i]) for i in layers]:
+        hooks.append(block.register_forward_pre_hook(lambda _, args, i=i: enter(i, args[0])))
+        mlp = find_mlp(block) if what == "mlp" else None
+        if mlp is not None:
+            hooks.append(mlp.module.register_forward_hook(lambda _, args, out, i=i: add(i, out)))
+        else:
+            hooks.append(
+                block.register_forward_hook(
+                    lambda _, args, out, i=i: add(i, (out[0] if isinstance(out, tuple) else out) - args[0])
+                )
+            )
+    try:
+        for prompt in calibration.prompts:
+            shrunk, pictures = see_all(model, prompt)
+            seen = torch.from_numpy(shrunk.visual_index[0] >= 0)
+            columns += int(seen.sum())
+            Talk.read(model, [shrunk], [pictures])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = len(blocks) - 1  # nobody reads what becomes of visual columns there
+    return {i: 0.0 if i == last else total / max(columns, 1) for i, total in sums.items()}

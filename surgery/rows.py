@@ -1,0 +1,203 @@
+"""Layers of the language model in which the visual columns of a prompt do less work than its text.
+
+Columns are split in two, so that the work falls in the graph too: products over fewer rows, not masks. What visual
+tokens may do without is asked by YOPO ("Treat visual tokens as text? But your MLLM only needs fewer efforts to see",
+arXiv:2410.06169) and, of attention among themselves, by SAISA (NAAViT, arXiv:2502.02458).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .anatomy import Idle
+from .neurons import find_mlp
+from .picking import topk
+from .taps import intercepting, peek
+
+# What a layer is given beside hidden states: the axes of it that are columns, and the one that is prompts.
+AXES = {"position_embeddings": ((-2,), -3), "position_ids": ((-1,), -2), "attention_mask": ((-1, -2), -4)}
+BESIDE = ((-2,), -3)  # and of what it is given behind them, by place: more of the same columns (Gemma 4)
+
+
+def take(x: Any, index: Tensor, axis: int, prompts: int) -> Any:
+    """The given entries of an axis, others for each prompt; both axes count from the end. Of a tuple, each.
+
+    Args:
+        index: int64 [B, n].
+        prompts: the axis of the B prompts, 1 if all have the same.
+    """
+    if isinstance(x, tuple):
+        return tuple(take(one, index, axis, prompts) for one in x)
+    if len(index) == 1:
+        return x.index_select(axis, index[0])
+    shape = list(x.shape)
+    shape[prompts] = len(index)
+    each = zip(x.expand(shape).split(1, prompts), index, strict=True)
+    return torch.cat([one.index_select(axis, entries) for one, entries in each], dim=prompts)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Columns of B prompts in two groups: text and visual ones; padding may be in either."""
+
+    text: Tensor  # int64 [B, T]
+    visual: Tensor  # int64 [B, N]
+    back: Tensor  # int64 [B, T + N]: where each column stands in text, then visual
+
+    @classmethod
+    def of(cls, visual: Tensor, real: Tensor, count: int) -> Split:
+        """Split columns.
+
+        Args:
+            visual: bool [B, S]. real: bool [1, S]. count: visual columns of a prompt; of a graph, at most.
+        """
+        rank = torch.where(visual, 0, 1 + real.to(torch.int64)).to(torch.float32)
+        order = topk(rank, visual.shape[1])  # text, padding, visual, each in order
+        text = visual.shape[1] - count
+        return cls(order[:, :text], order[:, text:], torch.sort(order, dim=-1, stable=True).indices)
+
+    def join(self, text: Tensor, visual: Tensor) -> Tensor:
+        """[B, T, d] and [B, N, d] -> [B, S, d]."""
+        return take(torch.cat([text, visual], dim=-2), self.back, -2, -3)
+
+
+class Reader(Protocol):
+    """Who knows which columns the layers see by now."""
+
+    @property
+    def split(self) -> Split: ...
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """Which columns these ones see, int64 [B, n] -> bool [B, 1, n, S]."""
+        ...
+
+
+@contextmanager
+def idling(layers: Sequence[Any], config: Any, idle: Idle, reader: Reader) -> Iterator[None]:
+    """While inside, visual columns of the prompts that the layers read leave work out.
+
+    Args:
+        config: of the language model.
+    """
+    with ExitStack() as stack:
+        for index in idle.mlp:
+            mlp = find_mlp(layers[index])
+            assert mlp is not None
+            stack.enter_context(_forward(mlp.module, _text_alone(mlp.module.forward, reader)))
+        for index in (*idle.layers, *idle.apart):
+            visual = None if index in idle.layers else _own_column
+            layer = layers[index]
+            stack.enter_context(_forward(layer, _halves(layer.forward, config, reader, visual)))
+        yield
+
+
+@contextmanager
+def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, this is what a module does."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _text_alone(forward: Callable[..., Tensor], reader: Reader) -> Callable[..., Tensor]:
+    """An MLP of which visual columns get nothing."""
+
+    def run(x: Tensor) -> Tensor:
+        parts = reader.split
+        y = forward(take(x, parts.text, -2, -3))
+        return parts.join(y, y.new_zeros(len(x), parts.visual.shape[1], y.shape[-1]))
+
+    return run
+
+
+@dataclass
+class _Given:
+    """A cache that is told other keys and values than the layer made of its few columns."""
+
+    cache: Any
+    k: Tensor
+    v: Tensor
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.cache.update(self.k, self.v, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+Half = Callable[[Tensor, Tensor, Tensor, float, "Split", Tensor], Tensor]
+
+
+def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Half | None) -> Callable[..., Any]:
+    """A layer that runs on text columns, and apart from them on visual ones; without `visual` those go by.
+
+    All columns give keys and values, which text sees as ever.
+    """
+
+    def run(x: Tensor, *rest: Any, **given: Any) -> Any:
+        parts = reader.split
+        if parts.visual.shape[1] == 0:  # a prompt of text, in eager
+            return forward(x, *rest, **given)
+        alone = {"past_key_values": None, "use_cache": False}
+        calls = peek(config, lambda: forward(x, *rest, **given | alone))
+        ((_, k),), (v,) = calls.rows, calls.values
+
+        def half(columns: Tensor, **other: Any) -> Any:
+            mine = {name: _columns(name, value, columns) for name, value in given.items()}
+            return forward(take(x, columns, -2, -3), *(take(r, columns, *_axis(BESIDE)) for r in rest), **mine | other)
+
+        step, seen = given.get("step"), reader.seen(parts.text)
+        mask = {"attention_mask": seen} if step is None else {}
+        with nullcontext() if step is None else step.asking(seen, parts.text):
+            text = half(parts.text, past_key_values=_Given(given["past_key_values"], k, v), **mask)
+        if visual is None:
+            other = take(x, parts.visual, -2, -3)
+        else:
+
+            def attention(module: Any, q: Tensor, *_: Any, half: Half = visual, **__: Any) -> tuple[Tensor, None]:
+                return half(q, k, v, calls.scale, parts, reader.seen(parts.visual)), None
+
+            with intercepting([config], lambda inner: attention):
+                other = half(parts.visual, **alone)
+        return parts.join(text, other)
+
+    return run
+
+
+def _own_column(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Split, seen: Tensor) -> Tensor:
+    """Attention of visual columns to the text that they see and to themselves: [B, heads, N, d] -> [B, N, heads, d]."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    k_text, v_text = (take(t, parts.text, -2, -4) for t in (k, v))
+    k_own, v_own = (take(t, parts.visual, -2, -4) for t in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    words = (q @ k_text.transpose(-1, -2)).to(wide) * scale
+    words = torch.where(take(seen, parts.text, -1, -4), words, torch.finfo(wide).min)
+    own = (q * k_own).sum(dim=-1, keepdim=True).to(wide) * scale
+    share = torch.softmax(torch.cat([words, own], dim=-1), dim=-1).to(v.dtype)
+    return (share[..., :-1] @ v_text + share[..., -1:] * v_own).transpose(1, 2)
+
+
+def _axis(axes: tuple[tuple[int, ...], int]) -> tuple[int, int]:
+    (axis,), prompts = axes
+    return axis, prompts
+
+
+def _columns(name: str, value: Any, columns: Tensor) -> Any:
+    """Of what a layer is given by name, what belongs to these of its columns; a mask is given anew."""
+    if name not in AXES or name == "attention_mask" or value is None:
+        return value
+    return take(value, columns, *_axis(AXES[name]))
