@@ -48,6 +48,8 @@ def plan(model: str, planned: Plan) -> str:
             f"work     {before['part']:<21} {before['flops'] / 1e9:10.3f} -> {after['flops'] / 1e9:10.3f} GFLOP, "
             f"{before['parameters'] / 1e6:9.3f} -> {after['parameters'] / 1e6:9.3f} M parameters"
         )
+    for name, before in data["before"]["graphs"].items():
+        lines.append(f"graph    {_graph(name, before, data['after']['graphs'][name])}")
     cache = [data[when]["kv_bytes"] / 1e6 for when in ("before", "after")]
     lines.append(f"KV cache {cache[0]:.3f} -> {cache[1]:.3f} MB in float32")
     lines += [f"note     {note}" for note in planned.notes]
@@ -69,6 +71,9 @@ def verdict(manifest: Manifest) -> str:
         f"tokens   {manifest.exactness['equal']} of {manifest.exactness['tokens']} greedy tokens equal",
     ]
     lines += [f"near tie {text}" for text in manifest.exactness["near_ties"]]
+    for name, work in manifest.anatomy["work"].items():
+        have, want = work["counted"]["flops"] / 1e9, work["predicted"]["flops"] / 1e9
+        lines.append(f"work     {name:<21} {have:10.4g} GFLOP counted, {want:10.4g} predicted ({work['ratio']:.3f})")
     if manifest.quality:
         right = ", ".join(f"{name} {100 * value:.1f} %" for name, value in manifest.quality["accuracy"].items())
         lines.append(f"quality  {manifest.quality['questions']} questions answered right: {right}")
@@ -141,6 +146,18 @@ def passes() -> str:
 def _option(value: Any) -> str:
     """As it is written behind `--method name:`."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _graph(name: str, before: dict[str, int], after: dict[str, int]) -> str:
+    """One call of a graph before and after the cuts."""
+    flops, weights, states = (
+        [one[key] / scale for one in (before, after)]
+        for key, scale in (("flops", 1e9), ("weight_bytes", 1e6), ("state_bytes", 1e6))
+    )
+    text = (
+        f"{name:<21} {flops[0]:10.4g} -> {flops[1]:10.4g} GFLOP, {weights[0]:9.3f} -> {weights[1]:9.3f} MB of weights"
+    )
+    return text if not any(states) else f"{text}, {states[0]:.3f} -> {states[1]:.3f} MB of states"
 
 
 def _change(before: int | str, after: int | str) -> str:

@@ -15,7 +15,7 @@ from vlmcut.errors import ExportError, ModelError, PassError, VlmcutError
 from vlmcut.exporters.lint import Finding
 from vlmcut.manifest import Manifest, read
 from vlmcut.pipeline import Request
-from vlmcut.surgery.anatomy import costs, kv_bytes
+from vlmcut.surgery.costs import costs, kv_bytes
 from vlmcut.surgery.load import describe
 from vlmcut.surgery.selection import attached
 

@@ -1,0 +1,145 @@
+"""Work and memory predicted from an `Anatomy` alone, by the rules by which `exporters/flops.py` counts them in a graph.
+
+A multiply-add is two FLOPs; products alone count (linears, convolutions, attention). What chooses tokens is left out
+(docs/selection-cost.md), and of weights norms, biases and the constants of a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..manifest import TokenBudget
+from .anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work and memory of one part. FLOPs count a multiply-add as two; parameters are elements."""
+
+    part: str
+    flops: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a graph does."""
+
+    flops: int  # a multiply-add is two
+    weight_bytes: int  # read; of a table that is only gathered from, the rows that are taken
+    state_bytes: int  # of the KV cache and other states that it takes
+
+
+def rows(a: Anatomy, tokens: int) -> tuple[int, ...]:
+    """Rows in each language layer when `tokens` columns enter the first."""
+    return (tokens,) * a.language.layers
+
+
+def pairs(count: int, seen: int, window: int = 0) -> int:
+    """Pairs of the last `count` of `seen` rows with themselves and those before, at most `window` a row (0: all)."""
+    first = seen - count + 1  # what the first of them sees
+    whole = count * (first + seen) // 2
+    if not window or window >= seen:
+        return whole
+    short = max(0, window - first)  # rows that see less than the window
+    return short * (first + first + short - 1) // 2 + (count - short) * window
+
+
+def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0) -> list[Cost]:
+    """Where the work of a first token goes, for a prompt of `images` images and `text_tokens` tokens, causal graphs."""
+    outside = a.outside[bucket]
+    tower = images * (_tower(a, bucket) + outside.tower)
+    projector = images * (outside.projector + outside.token * a.projected[bucket])
+    sequence = images * a.keep[bucket] + text_tokens
+    head = a.language.hidden * a.language.vocabulary
+    return [
+        Cost("vision tower", tower, _tower_weights(a) + a.tower.others),
+        Cost("projector", projector, a.projector),
+        Cost("language model", _language(a, sequence, sequence, causal=True), sum(_layer_weights(a))),
+        Cost("embedding and lm_head", 2 * head, head * (1 if a.language.tied else 2)),
+    ]
+
+
+def predict(
+    a: Anatomy, budget: TokenBudget, role: str, bucket: int = 0, *, causal: bool = True, element_bytes: int = 4
+) -> Work:
+    """One call of a graph: vision sees one image (or clip), prefill a whole prompt, decode the last token of a budget.
+
+    Args:
+        role: vision, prefill or decode.
+        bucket: of the vision graph.
+        causal: whether the target's attention is causal by itself; else its graphs multiply every pair of a prompt.
+        element_bytes: of a float of the graphs.
+    """
+    if role == "vision":
+        outside = a.outside[bucket]
+        flops = _tower(a, bucket) + outside.tower + outside.projector + outside.token * a.projected[bucket]
+        weights = (_tower_weights(a) + a.projector) * _bytes(a, "vision", element_bytes)
+        return Work(flops, weights + a.tower.others * element_bytes, 0)
+    columns, seen = (budget.sequence,) * 2 if role == "prefill" else (1, budget.cache)
+    lm, each = a.language, _bytes(a, "language", element_bytes)
+    head = lm.hidden * lm.vocabulary
+    taken = 0 if lm.tied else min(head, columns * lm.hidden)  # rows of the input table
+    return Work(
+        _language(a, columns, seen, causal) + 2 * head,
+        (sum(_layer_weights(a)) + head) * each + taken * element_bytes,
+        kv_bytes(a, budget.cache, element_bytes),
+    )
+
+
+def kv_bytes(a: Anatomy, tokens: int, element_bytes: int = 4) -> int:
+    """Bytes of the KV cache for `tokens` rows; what short convolutions remember is left out."""
+    kept = zip(rows(a, tokens), a.language.kv_heads, strict=True)
+    return sum(2 * n * kv * a.language.head_dim * element_bytes for n, kv in kept)
+
+
+def _bytes(a: Anatomy, part: str, element_bytes: int) -> int:
+    """Of a weight of a part's linears."""
+    return 1 if part in a.quantized else element_bytes
+
+
+def _tower(a: Anatomy, bucket: int) -> int:
+    """FLOPs of the tower's layers for one image, or clip."""
+    t, segments = a.tower, a.segments[bucket]
+    count, flops, left = sum(segments), 0, 0
+    leaving = a.leaving[bucket] if a.leaving else (0,) * t.layers
+    layers = zip(t.heads[: t.feature_layer], t.intermediate, t.windowed, leaving, strict=False)
+    for heads, neurons, windowed, leave in layers:
+        width = heads * t.head_dim
+        seen = a.windows[bucket] if windowed else segments
+        # Tokens leave one segment only, between attention and MLP.
+        flops += 2 * (count - left) * 4 * t.hidden * width + 4 * sum((n - left) ** 2 for n in seen) * width
+        left += leave
+        flops += 2 * (count - left) * t.matrices * t.hidden * neurons
+    return flops
+
+
+def _tower_weights(a: Anatomy) -> int:
+    """Weights of the tower's layers that run."""
+    t = a.tower
+    layers = zip(t.heads[: t.feature_layer], t.intermediate, strict=False)
+    return sum(t.hidden * (4 * heads * t.head_dim + t.matrices * neurons) for heads, neurons in layers)
+
+
+def _layer_weights(a: Anatomy) -> list[int]:
+    """Weights of the products of each language layer."""
+    lm = a.language
+    layers = zip(lm.heads, lm.kv_heads, lm.intermediate, lm.others, strict=True)
+    return [
+        lm.hidden * (2 * lm.head_dim * (heads + kv_heads) + lm.matrices * neurons) + others
+        for heads, kv_heads, neurons, others in layers
+    ]
+
+
+def _language(a: Anatomy, columns: int, seen: int, causal: bool) -> int:
+    """FLOPs of the language model's layers for the last `columns` of `seen` rows."""
+    lm, flops = a.language, 0
+    layers = zip(
+        rows(a, columns), rows(a, seen), _layer_weights(a), lm.heads, lm.windows, lm.masked, strict=True
+    )  # fmt: skip
+    for count, behind, weights, heads, window, masked in layers:
+        # A mask is for the columns of a prompt; one column sees all rows of its cache, or its window.
+        every = (count > 1 and masked) or not causal
+        multiplied = count * behind if every else pairs(count, behind, window)
+        flops += 2 * count * weights + 4 * multiplied * heads * lm.head_dim
+    return flops
