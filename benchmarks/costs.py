@@ -2,7 +2,7 @@
 
     python benchmarks/costs.py [NAME …] [--write]
 
-Every must family on its tiny model, cut to half of its visual tokens, two image sizes; and shapes of real size, whose
+Every must family on its tiny model, cut to half of its visual tokens, two image sizes; and a model of real size, whose
 weights are left unset: an export asks for shapes alone. Nothing is run.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import exports
 import families
 import torch
-from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaConfig, Qwen2Config, SiglipVisionConfig
 from vlmcut import pipeline
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
@@ -70,32 +70,13 @@ def llava_siglip_qwen2() -> tuple[Any, TokenBudget]:
     return _real(config, bucket, 182)
 
 
-def qwen2_5_vl_3b() -> tuple[Any, TokenBudget]:
-    """The shape of Qwen2.5-VL-3B-Instruct, an image of 644 x 924 pixels; 190 of 759 tokens by divprune."""
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-        },
-        text_config={
-            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-            "num_key_value_heads": 2, "vocab_size": 151936, "rope_parameters": rope, "tie_word_embeddings": True,
-        },
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    geometry = {"pixel_values": (46 * 66, 3 * 2 * 14 * 14), "image_grid_thw": (1, 46, 66)}
-    bucket = Bucket(size=(644, 924), geometry=geometry, tokens=23 * 33, panels=(Panel(rows=23, columns=33),))
-    return _real(config, bucket, 190)
-
-
 def _real(config: Any, bucket: Bucket, keep: int) -> tuple[Any, TokenBudget]:
     model = attach(skeleton(config), (bucket,))
     make([PruneTokens(keep=keep, method="divprune")]).apply(model, None)
     return model, TokenBudget(images=1, visual_tokens=keep, text_tokens=64, new_tokens=128)
 
 
-REAL = {"llava: SigLIP-so400m + Qwen2-0.5B": llava_siglip_qwen2, "Qwen2.5-VL-3B": qwen2_5_vl_3b}
+REAL = {"llava: SigLIP-so400m + Qwen2-0.5B": llava_siglip_qwen2}
 NAMES = [kind for kind in families.SIZES if kind != "fast_vlm"] + list(REAL)  # fast_vlm needs timm
 
 
