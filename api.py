@@ -23,9 +23,11 @@ from .passes.skip_visual import WHATS, SkipVisual
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
 from .pipeline import Plan, Progress, Request
-from .surgery.anatomy import Anatomy, costs, kv_bytes
+from .surgery.anatomy import Anatomy
+from .surgery.costs import costs, kv_bytes
 from .validation.survey import Row
 from .validation.survey import survey as tried
+from .validation.work import predicted
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def inspect(model: str, **request: Any) -> dict[str, Any]:
         request: fields of `pipeline.Request`, such as `prune=0.75` or `drop_layers={"vision": 1}`.
 
     Returns:
-        Plain data: `anatomy`, `costs` before and after, `kv_bytes`, `passes` that apply.
+        Plain data: `before` and `after`, each with `anatomy`, `graphs` (FLOPs and bytes of one call of each), `costs`
+        (by part, of a first token) and `kv_bytes`; `passes` that apply.
     """
     planned = pipeline.plan(Request(model=model, **request))
     return to_json(planned)
@@ -84,13 +87,22 @@ def to_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
     budget = planned.budgets[0]
 
+    def work(a: Anatomy) -> dict[str, Any]:
+        sized = dataclasses.replace(budget, visual_tokens=max(a.keep))
+        several = len(a.buckets) > 1
+        calls = {f"vision {b.name}" if several else "vision": ("vision", i) for i, b in enumerate(a.buckets)}
+        calls |= {"prefill": ("prefill", 0), "decode": ("decode", 0)}
+        return {
+            name: dataclasses.asdict(predicted(a, sized, role, bucket, planned.target, planned.dtype))
+            for name, (role, bucket) in calls.items()
+        }
+
     def part(a: Anatomy) -> dict[str, Any]:
         return {
             "anatomy": a.to_json(),
+            "graphs": work(a),
             "costs": [dataclasses.asdict(c) for c in costs(a, images=budget.images, text_tokens=budget.text_tokens)],
-            "kv_bytes": kv_bytes(
-                a, budget.images * max(a.keep) + budget.text_tokens + budget.new_tokens, budget.images
-            ),
+            "kv_bytes": kv_bytes(a, dataclasses.replace(budget, visual_tokens=max(a.keep))),
         }
 
     return {

@@ -13,8 +13,7 @@ import typer
 from vlmcut.errors import VlmcutError
 
 if TYPE_CHECKING:
-    from vlmcut.manifest import ExactnessRow
-    from vlmcut.pipeline import Plan, Request
+    from vlmcut.pipeline import Plan
 
 app = typer.Typer(
     name="vlmcut",
@@ -136,26 +135,17 @@ def convert(
         raise typer.BadParameter("convert needs -o OUT (or --dry-run)")
     planned = api.plan(request)
     if dry_run:
-        _print_plan(planned, as_json, request)
+        _print_plan(planned, as_json, model)
         return
     assert out is not None
-    _print_plan(planned, False, request)
+    _print_plan(planned, False, model)
     manifest = api.convert(request, out, progress=_progress)
     if as_json:
         print((out / "manifest.json").read_text(), end="")
         return
-    from vlmcut.validation import report
+    from vlmcut import tables
 
-    _print_rows(report.rows_of(manifest))
-    print(f"tokens   {manifest.exactness['equal']} of {manifest.exactness['tokens']} greedy tokens equal")
-    for text in manifest.exactness["near_ties"]:
-        print(f"near tie {text}")
-    if manifest.quality:
-        right = ", ".join(f"{name} {100 * value:.1f} %" for name, value in manifest.quality["accuracy"].items())
-        print(f"quality  {manifest.quality['questions']} questions answered right: {right}")
-    print(f"size     {sum(f['bytes'] for f in manifest.files.values()):,} bytes in {len(manifest.files)} files")
-    for name, built in manifest.builds.items():
-        print(f"engine   {name}: " + (f"deferred, {built}" if name == "deferred" else f"{built['plan_bytes']:,} bytes"))
+    print(tables.verdict(manifest))
     print(f"bundle   {out}")
 
 
@@ -188,6 +178,7 @@ def inspect(
 ) -> None:
     """Show what a model is made of, where its work goes, what applies to it, and what a recipe would change."""
     from vlmcut import pipeline as api
+    from vlmcut import tables
     from vlmcut.api import verdicts
 
     if all_transformers:
@@ -223,11 +214,9 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     planned = api.plan(request)
-    _print_plan(planned, as_json, request)
+    _print_plan(planned, as_json, model)
     if not as_json:
-        print("\napplies")
-        for verdict in verdicts(planned.before):
-            print(f"  {'yes' if verdict.applies else 'no '} {verdict.name:<24} {verdict.note}")
+        print(f"\n{tables.applies(verdicts(planned.before))}")
 
 
 @app.command()
@@ -279,7 +268,7 @@ def cut(
     )
     if len(request.keep) > 1:
         raise typer.BadParameter("cut makes one model: give one --keep")
-    _print_plan(api.plan(request), False, request)
+    _print_plan(api.plan(request), False, model)
     api.save_cut(request, out, progress=_progress)
     print(out)
 
@@ -295,13 +284,14 @@ def verify(
     """Check every file and every graph again, from the golden tensors or against the model. Exit 1 if one is off."""
     import dataclasses
 
+    from vlmcut import tables
     from vlmcut.validation.verify import verify as run_verify
 
     rows = run_verify(bundle, against=against, provider=provider, seed=seed, progress=_progress)
     if as_json:
         print(json.dumps({"ok": all(r.ok for r in rows), "rows": [dataclasses.asdict(r) for r in rows]}, indent=1))
     else:
-        _print_rows(rows)
+        print(tables.exactness(rows))
     if bad := [r for r in rows if not r.ok]:
         raise VlmcutError(
             f"{len(bad)} of {len(rows)} rows are beyond their tolerance", hint="this bundle must not be deployed here"
@@ -368,6 +358,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time to first token by graph, decode speed and peak memory, medians of full-budget prompts."""
+    from vlmcut import tables
     from vlmcut.runtime.bench import bench as measure
     from vlmcut.runtime.bundle import Bundle
 
@@ -377,13 +368,7 @@ def bench(
     if as_json:
         print(json.dumps({str(p): s.to_json() for p, s in zip(paths, speeds, strict=True)}, indent=1))
         return
-    columns = ("prompt_tokens", "vision_ms", "prefill_ms", "ttft_ms", "decode_ms", "tokens_per_second", "peak_rss_mb")
-    print(" ".join(f"{c:>17}" for c in columns))
-    for path, speed in zip(paths, speeds, strict=True):
-        print(" ".join(f"{speed.to_json()[c]:17.1f}" for c in columns), path)
-    if vs is not None:
-        one, other = (s.to_json() for s in speeds)
-        print("ratio to the other: " + ", ".join(f"{c} {one[c] / other[c]:.2f}" for c in columns[1:5]))
+    print(tables.speeds(paths, speeds))
 
 
 @app.command()
@@ -519,43 +504,9 @@ def lint(
 @app.command()
 def passes(as_json: AsJson = False) -> None:
     """List every pass and method with its source."""
-    import dataclasses
+    from vlmcut import tables
 
-    from vlmcut.passes.recipe import PASSES
-    from vlmcut.passes.tokens.methods import METHODS
-
-    if as_json:
-        data = {
-            "passes": {
-                n: {"summary": p.summary, "source": p.source, "keys": [f.name for f in dataclasses.fields(p)]}
-                for n, p in PASSES.items()
-            },
-            "methods": {
-                n: {
-                    "title": m.title,
-                    "summary": m.summary,
-                    "source": m.source,
-                    "stage": m.stage,
-                    "options": dict(m.options),
-                }
-                for n, m in METHODS.items()
-            },
-        }
-        print(json.dumps(data, indent=1))
-        return
-    print("passes, in the order of a recipe")
-    for name, kind in PASSES.items():
-        keys = ", ".join(f.name for f in dataclasses.fields(kind)) or "no keys"
-        print(f"  {name:<13} {kind.summary}\n                keys: {keys}; {kind.source}")
-    print("methods of prune-tokens")
-    for name, row in METHODS.items():
-        options = ":".join(f"{key}={_option(value)}" for key, value in row.options.items())
-        print(f"  {name:<16} {row.summary}\n{'':19}{row.stage}; {row.source}{'; options ' * bool(options)}{options}")
-
-
-def _option(value: Any) -> str:
-    """As it is written behind `--method name:`."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    print(json.dumps(tables.catalogue(), indent=1) if as_json else tables.passes())
 
 
 def _survey(eager: bool, as_json: bool) -> None:
@@ -653,63 +604,11 @@ def _progress(text: str) -> None:
     print(f"… {text}", file=sys.stderr, flush=True)
 
 
-def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
+def _print_plan(planned: Plan, as_json: bool, model: str) -> None:
+    from vlmcut import tables
     from vlmcut.api import to_json
 
-    data = to_json(planned)
-    if as_json:
-        print(json.dumps(data, indent=1))
-        return
-    a, b = planned.before, planned.after
-    kept = "all kept"
-    if b.method is not None:
-        kept = f"{', '.join('/'.join(map(str, keep)) for keep in planned.keeps)} kept by {b.method}"
-    sizes = ", ".join(f"{bucket.name} px: {bucket.tokens}" for bucket in a.buckets)
-    lines = [
-        f"model    {request.model}: {a.family}, {a.tower.kind} + {a.language.kind}",
-        f"tower    {_change(a.tower.layers, b.tower.layers)} layers, "
-        f"{_change(max(a.tower.heads, default=0), max(b.tower.heads, default=0))} heads, "
-        f"{_change(_span(a.tower.intermediate), _span(b.tower.intermediate))} neurons, hidden {a.tower.hidden}, "
-        f"patches of {a.tower.patch_size} px",
-        f"language {_change(a.language.layers, b.language.layers)} layers, "
-        f"{_change(max(a.language.heads), max(b.language.heads))} heads in "
-        f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, "
-        f"{_change(_span(a.language.intermediate), _span(b.language.intermediate))} neurons, "
-        f"hidden {a.language.hidden}",
-        f"tokens   {sizes} visual tokens per image, {kept}",
-        f"int8     {', '.join(b.quantized) or 'nothing'}",
-    ]
-    for budget in planned.budgets:
-        lines.append(
-            f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "
-            f"columns, + {budget.new_tokens} new = {budget.cache} cache rows"
-        )
-    for before, after in zip(data["before"]["costs"], data["after"]["costs"], strict=True):
-        lines.append(
-            f"work     {before['part']:<21} {before['flops'] / 1e9:10.3f} -> {after['flops'] / 1e9:10.3f} GFLOP, "
-            f"{before['parameters'] / 1e6:9.3f} -> {after['parameters'] / 1e6:9.3f} M parameters"
-        )
-    cache = [data[when]["kv_bytes"] / 1e6 for when in ("before", "after")]
-    lines.append(f"KV cache {cache[0]:.3f} -> {cache[1]:.3f} MB in float32")
-    lines += [f"note     {note}" for note in planned.notes]
-    print("\n".join(lines))
-
-
-def _change(before: int | str, after: int | str) -> str:
-    return str(before) if before == after else f"{before} -> {after}"
-
-
-def _span(widths: tuple[int, ...]) -> str:
-    """One number where all layers have it, else the least and the most."""
-    least, most = min(widths, default=0), max(widths, default=0)
-    return str(most) if least == most else f"{least} to {most}"
-
-
-def _print_rows(rows: list[ExactnessRow]) -> None:
-    from vlmcut.validation.report import line
-
-    for row in rows:
-        print(line(row))
+    print(json.dumps(to_json(planned), indent=1) if as_json else tables.plan(model, planned))
 
 
 def _fail(error: VlmcutError) -> NoReturn:

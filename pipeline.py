@@ -23,7 +23,7 @@ from .exporters import engines
 from .exporters.build import build_engines, seal
 from .exporters.graphs import keeping, write_graphs
 from .exporters.lint import lint
-from .exporters.operators import Contrib, Standard
+from .exporters.operators import for_target
 from .exporters.staging import refuse_existing, staged
 from .manifest import Manifest, TokenBudget
 from .passes import folder as cut_folder
@@ -34,7 +34,7 @@ from .passes.recipe import Recipe
 from .runtime.bundle import Bundle
 from .surgery.anatomy import Anatomy
 from .surgery.load import Loaded, attach, describe, load_config, load_processor, make_buckets, skeleton, state_dict
-from .validation import complete, quality, report, stock
+from .validation import complete, quality, report, stock, work
 from .validation.prove import prove
 
 TARGETS = ("onnx", "rtx", "trt")
@@ -88,6 +88,8 @@ class Plan:
     budgets: tuple[TokenBudget, ...]
     keeps: tuple[tuple[int, ...], ...]  # for each budget, visual tokens of an image of each bucket
     notes: tuple[str, ...]
+    target: str
+    dtype: str
 
 
 def plan(request: Request) -> Plan:
@@ -141,7 +143,7 @@ def plan(request: Request) -> Plan:
     if request.method is None and request.recipe is None and after.method is not None and before.method is None:
         which = "a" if before.tower.has_cls else "no"
         notes.insert(0, f"no --method was given: `{after.method}`, for a tower that has {which} [CLS] token")
-    return Plan(before, after, recipe, budgets, keeps, tuple(notes))
+    return Plan(before, after, recipe, budgets, keeps, tuple(notes), request.target, request.dtype)
 
 
 def _check_ladder(recipe: Recipe, a: Anatomy, budgets: Sequence[TokenBudget], keeps: Sequence[tuple[int, ...]]) -> None:
@@ -317,7 +319,7 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
             model,
             planned.budgets,
             planned.keeps,
-            Contrib() if request.target == "onnx" else Standard(),
+            for_target(request.target),
             folder,
             progress,
         )
@@ -336,6 +338,7 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
             tools=tools(),
             anatomy=a.to_json() | notes,
         )
+        manifest.anatomy["work"] = work.compare(model, manifest, folder)
         verdict = prove(model, a, manifest, folder, seed=request.seed, progress=progress)
         manifest = dataclasses.replace(manifest, exactness=report.exactness_json(verdict))
         if request.target != "onnx":

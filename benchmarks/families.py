@@ -79,6 +79,7 @@ class Proof:
     onnx: str  # equal greedy tokens, of all compared
     rtx: str  # engines built
     run: str  # equal tokens in the torch-free run
+    work: float  # predicted FLOPs of a graph, of those counted: the ratio that is farthest from 1
     seconds: float
 
 
@@ -206,6 +207,7 @@ def prove(kind: str, *, rtx: bool = True) -> Proof:
         onnx=f"{manifest.exactness['equal']}/{manifest.exactness['tokens']}",
         rtx=built,
         run=_equal(ran, said + quiet),
+        work=max((w["ratio"] for w in manifest.anatomy["work"].values()), key=lambda ratio: abs(ratio - 1)),
         seconds=time.monotonic() - start,
     )
 

@@ -152,6 +152,11 @@ class Contrib:
 
     name = "contrib"
 
+    @staticmethod
+    def causal(dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether a prompt is read by an operator that is causal by itself; else every pair of rows is multiplied."""
+        return True
+
     def tower(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """[B, heads, N, head_dim] three times, mask bool [B, 1, N, N] -> [B, N, heads, head_dim]."""
         if mask is not None or k.shape[1] != q.shape[1]:
@@ -208,6 +213,10 @@ class Standard:
 
     name = "standard"
 
+    @staticmethod
+    def causal(dtype: torch.dtype, head_dim: int) -> bool:
+        return dtype == torch.float16 and 32 <= head_dim <= 256
+
     def tower(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         return self._attention(q, k, v, scale, mask=mask).transpose(1, 2)
 
@@ -247,10 +256,15 @@ class Standard:
         None for float32, for head_dim outside 32 to 256, and for one query row with fewer than four heads.
         """
         _, heads, rows, head_dim = q.shape
-        return q.dtype == torch.float16 and 32 <= head_dim <= 256 and (rows > 1 or heads >= 4)
+        return Standard.causal(q.dtype, head_dim) and (rows > 1 or heads >= 4)
 
 
 Operators = Contrib | Standard
+
+
+def for_target(target: str) -> Operators:
+    """The operators of onnx, rtx or trt."""
+    return Contrib() if target == "onnx" else Standard()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -83,6 +83,7 @@ class DropLayers(Pass):
                 a.tower,
                 heads=tuple(a.tower.heads[i] for i in keep),
                 intermediate=tuple(a.tower.intermediate[i] for i in keep),
+                windowed=tuple(a.tower.windowed[i] for i in keep),
                 feature_layer=a.tower.feature_layer - self.count,
             )
             return replace(a, tower=tower, scored=tuple(i for i, old in enumerate(keep) if old in a.scored))
@@ -91,6 +92,9 @@ class DropLayers(Pass):
             heads=tuple(a.language.heads[i] for i in keep),
             kv_heads=tuple(a.language.kv_heads[i] for i in keep),
             intermediate=tuple(a.language.intermediate[i] for i in keep),
+            others=tuple(a.language.others[i] for i in keep),
+            windows=tuple(a.language.windows[i] for i in keep),
+            masked=tuple(a.language.masked[i] for i in keep),
         )
         return replace(a, language=language)
 

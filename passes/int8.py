@@ -9,8 +9,13 @@ The scale is per item of the leading axis here and per call there; the runtime r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +52,12 @@ def dynamic_int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor |
     product = product.reshape(*x.shape[:-1], -1) + (128 - x_zero).to(torch.int32) * sums
     out = product.to(x.dtype) * (x_scale * scale.to(x.dtype))
     return out if bias is None else out + bias
+
+
+@register_flop_formula(torch.ops.vlmcut.dynamic_int8_linear)
+def _(x: Sequence[int], weight: Sequence[int], *shapes: Any, out_shape: Any = None, **given: Any) -> int:
+    """Of shapes: what the same linear in float does."""
+    return 2 * prod(x) * weight[0]
 
 
 @dynamic_int8_linear.register_fake

@@ -16,7 +16,7 @@ from ..manifest import Bucket
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import locate
 from ..surgery.merging import prove
-from ..surgery.selection import LINE_BREAKS, Selection, attached, leaving
+from ..surgery.selection import LINE_BREAKS, Selection, attached, leaving, projected
 from .base import Pass
 from .tokens.learned import weights
 from .tokens.method import Method, Options, Place, parse
@@ -95,8 +95,15 @@ class PruneTokens(Pass):
             )
         for keep, bucket in zip(keeps, a.buckets, strict=True):
             self._check(a, row, options, keep, bucket)
-        left = leaving(self._selector(), a.buckets, keeps, a.tower.layers)
-        return replace(a, keep=keeps, method=self.method, query_dependent=row.text, leaving=left)
+        selector = self._selector()
+        return replace(
+            a,
+            keep=keeps,
+            projected=projected(selector, a.buckets, keeps),
+            method=self.method,
+            query_dependent=row.text,
+            leaving=leaving(selector, a.buckets, keeps, a.tower.layers),
+        )
 
     def _selector(self) -> TableSelector:
         return TableSelector(self.method, self.seed, self.pool)

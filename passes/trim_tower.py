@@ -26,7 +26,12 @@ class TrimTower(Pass):
     def plan(self, a: Anatomy) -> Anatomy:
         kept = a.tower.feature_layer
         scored = tuple(block for block in a.scored if block < kept)
-        tower = replace(a.tower, heads=a.tower.heads[:kept], intermediate=a.tower.intermediate[:kept])
+        tower = replace(
+            a.tower,
+            heads=a.tower.heads[:kept],
+            intermediate=a.tower.intermediate[:kept],
+            windowed=a.tower.windowed[:kept],
+        )
         return replace(a, tower=tower, scored=scored)
 
     def apply(self, model: Any, a: Anatomy) -> None:

@@ -1,7 +1,7 @@
 """`Anatomy`: what a vision-language model is made of, as plain numbers.
 
-A reader makes one from a model; `plan` of a pass makes the next one from it by arithmetic alone. Costs are counted
-from it too, so `inspect` can predict a recipe without loading a weight.
+A reader makes one from a model; `plan` of a pass makes the next one from it by arithmetic alone. `surgery/costs.py`
+predicts work and memory from it, so `inspect` can say what a recipe saves without loading a weight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..manifest import Bucket, Layout, Rung, visual_left
+from ..manifest import Bucket, Layout, Rung
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class Tower:
     heads: tuple[int, ...]  # empty for a tower that is not a stack of transformer layers
     intermediate: tuple[int, ...]  # neurons of the MLP of each layer
     matrices: int  # linears of one MLP: 2, or 3 where it is gated
+    others: int  # weights outside the layers: patch embedding, positions, mergers
+    windowed: tuple[bool, ...]  # layers whose rows see only their window
     patch_size: int  # pixels, square
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
@@ -45,6 +47,10 @@ class Language:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     intermediate: tuple[int, ...]  # neurons of the MLP of each layer
+    matrices: int  # linears of one MLP: 3, or 2 where it is not gated; 0 where a layer has not one MLP but experts
+    others: tuple[int, ...]  # weights of the products of each layer beside heads and MLP: convolutions, experts
+    windows: tuple[int, ...]  # columns that a layer sees at most, itself included; 0 for all
+    masked: tuple[bool, ...]  # layers that read a prompt with a mask, not causally: graphs multiply every pair
     vocabulary: int
     tied: bool  # the input embedding is the output projection
     max_positions: int
@@ -68,6 +74,15 @@ class Idle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outside:
+    """FLOPs of the vision graph outside the tower's layers for one image, or clip; see `surgery/measure.py`."""
+
+    tower: int  # patch embedding, mergers
+    projector: int  # where it runs on the whole image; 0 where it runs token by token on those that are kept
+    token: int  # of one token in the latter case, else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """A vision-language model: tower, projector, language model, and the sizes of image it is cut for."""
 
@@ -78,9 +93,14 @@ class Anatomy:
     layout: Layout
     buckets: tuple[Bucket, ...]
     segments: tuple[tuple[int, ...], ...]  # for each bucket, rows of each tower segment that attends to itself
+    windows: tuple[tuple[int, ...], ...]  # the same for layers that are windowed
+    outside: tuple[Outside, ...]  # for each bucket
     breaks: tuple[int, ...]  # for each bucket, tokens that only say that a row of tiles ends
     scored: tuple[int, ...]  # tower blocks by whose attention tokens can be scored; empty for none
     keep: tuple[int, ...]  # for each bucket, visual tokens that reach the language model
+    projected: tuple[
+        int, ...
+    ]  # for each bucket, rows through a token-by-token projector: kept, or looked at by a method
     method: str | None = None  # how they are chosen; None keeps all
     query_dependent: bool = False  # whether the choice depends on the question: features serve that question alone
     leaving: tuple[tuple[int, ...], ...] = ()  # for each bucket, tokens that leave the tower in each block; or empty
@@ -102,61 +122,3 @@ class Anatomy:
     def to_json(self) -> dict[str, Any]:
         """As JSON knows it: lists, no tuples."""
         return json.loads(json.dumps(asdict(self)))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work and memory of one part. FLOPs count a multiply-add as two; parameters are elements."""
-
-    part: str
-    flops: int
-    parameters: int
-
-
-def costs(a: Anatomy, *, images: int = 1, text_tokens: int = 32, bucket: int = 0) -> list[Cost]:
-    """Where the work of a first token goes, for a prompt of `images` images and `text_tokens` tokens.
-
-    Counts matrix products only (linears and attention); norms, activations, convolutions and softmax are left out.
-    """
-    t, lm = a.tower, a.language
-    segments = a.segments[bucket]
-    rows = sum(segments)
-    tower_flops = tower_parameters = left = 0
-    leaving = a.leaving[bucket] if a.leaving else (0,) * t.layers
-    for heads, neurons, leave in zip(t.heads[: t.feature_layer], t.intermediate, leaving, strict=False):
-        width = heads * t.head_dim
-        attention, mlp = 4 * t.hidden * width, t.matrices * t.hidden * neurons
-        tower_parameters += attention + mlp
-        # Tokens leave one segment only, between attention and MLP; what says which is not counted.
-        tower_flops += 2 * (rows - left) * attention + 4 * sum((n - left) ** 2 for n in segments) * width
-        left += leave
-        tower_flops += 2 * (rows - left) * mlp
-    patch = 3 * t.patch_size**2 * t.hidden
-    tower_flops += 2 * (rows - t.has_cls * len(segments)) * patch
-    tower_parameters += patch
-    lm_flops = lm_parameters = 0
-    counts = (a.keep[bucket],) * images
-    for layer, (heads, kv_heads, neurons) in enumerate(zip(lm.heads, lm.kv_heads, lm.intermediate, strict=True)):
-        sequence = sum(counts) + text_tokens - visual_left(a.ladder, counts, layer)
-        keys, rest = 2 * lm.hidden * lm.head_dim * kv_heads, 2 * lm.hidden * lm.head_dim * heads
-        mlp = 3 * lm.hidden * neurons
-        lm_parameters += keys + rest + mlp
-        asking = text_tokens if layer in a.idle.layers else sequence
-        square = sequence * sequence / 2  # causal: half of it
-        if layer in (*a.idle.layers, *a.idle.apart):  # text asks all; visual tokens nobody, or text and themselves
-            square = text_tokens * sequence + (sequence - text_tokens) * (text_tokens + 1) * (layer in a.idle.apart)
-        lm_flops += 2 * sequence * keys + 2 * asking * rest + int(4 * square * heads * lm.head_dim)
-        lm_flops += 2 * (text_tokens if layer in (*a.idle.mlp, *a.idle.layers) else sequence) * mlp
-    vocabulary = lm.hidden * lm.vocabulary
-    return [
-        Cost("vision tower", images * tower_flops, tower_parameters),
-        Cost("projector", 2 * images * a.keep[bucket] * a.projector, a.projector),
-        Cost("language model", lm_flops, lm_parameters),
-        Cost("embedding and lm_head", 2 * vocabulary, vocabulary * (1 if lm.tied else 2)),
-    ]
-
-
-def kv_bytes(a: Anatomy, tokens: int, images: int = 1, element_bytes: int = 4) -> int:
-    """Bytes of the KV cache for `tokens` rows, visual tokens of so many images among them."""
-    counts, width = (max(a.keep),) * images, 2 * a.language.head_dim * element_bytes
-    return sum(width * kv * (tokens - visual_left(a.ladder, counts, i)) for i, kv in enumerate(a.language.kv_heads))

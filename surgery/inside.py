@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..manifest import Rung
 from .picking import Picker, topk
-from .rows import AXES, BESIDE, Split, idling, take
+from .rows import AXES, BESIDE, Split, idling, of_columns, of_columns_by_name, take
 from .selection import Tap, attached
 from .structure import find_attention
 from .taps import Calls, peek, tapping
@@ -78,7 +78,7 @@ class LayerState:
     visual: int  # visual columns; of a graph, at most
     norm: Callable[[Tensor], Tensor]  # behind the last layer
     before: Tap | None  # q and k of the layer before; None where it was not asked for
-    own: Callable[[], Tap]  # those that the layer itself would make of `x`
+    own: Callable[[Tensor | None], Tap]  # those that the layer itself would make of `x`; q of one column [1], or of all
     pick: Picker = Picker()  # noqa: RUF009  (has no state)
 
     def top(self, score: Tensor, count: int) -> Tensor:
@@ -96,7 +96,7 @@ class LayerState:
         """
         ((q, k),) = tap.rows
         asks = torch.arange(self.columns.count) if query is None else query
-        if query is not None:
+        if query is not None and q.shape[2] > 1:
             q = q.index_select(2, query)
         if k.shape[1] != q.shape[1]:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -166,6 +166,9 @@ class Landing:
     left: Tensor  # int64 [1]: visual columns that have left so far
 
 
+Own = Callable[["Tensor | None"], Calls]  # the q and k of a layer: q of one column [1], or of all
+
+
 @contextmanager
 def passing(model: Any, passage: Passage) -> Iterator[Passage]:
     """While inside, the language model reads the prompts of `passage`, of which some columns leave or idle."""
@@ -185,7 +188,7 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
                 x, *rest = args
                 if rung is not None:
                     calls = taps.get(index - 1)
-                    x = passage.leave(x, rung, calls, lambda: passage.peek(module, x, rest, kwargs))
+                    x = passage.leave(x, rung, calls, lambda query: passage.peek(module, x, rest, kwargs, query))
                 return (x, *passage.beside(rest)), passage.narrowed(kwargs)
 
             stack.callback(layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -228,7 +231,7 @@ class Passage:
         """Which columns these ones see, int64 [B, n] -> bool [B, 1, n, S]."""
         return self.columns.seen(rows)[:, None]
 
-    def leave(self, x: Tensor, rung: int, before: Calls | None, own: Callable[[], Calls]) -> Tensor:
+    def leave(self, x: Tensor, rung: int, before: Calls | None, own: Own) -> Tensor:
         """What goes on of [B, S, hidden] at a rung."""
         landing, now = self.landings[rung], self.columns
         rows = [self._choose(x[b : b + 1], now.row(b), rung, b, before, own) for b in range(len(x))]
@@ -240,7 +243,13 @@ class Passage:
         return take(x, index, -2, -3)
 
     def _choose(
-        self, x: Tensor, columns: Columns, rung: int, b: int, before: Calls | None, own: Callable[[], Calls]
+        self,
+        x: Tensor,
+        columns: Columns,
+        rung: int,
+        b: int,
+        before: Calls | None,
+        own: Own,
     ) -> tuple[Tensor, Tensor]:
         """Which columns of one prompt go on, int64 [1, n] ascending, and all of them with those merged."""
         landing = self.landings[rung]
@@ -255,7 +264,7 @@ class Passage:
                 visual=self.landings[rung - 1].visual if rung else self.visual,
                 norm=self.language.norm,
                 before=None if before is None else _tap(before, b),
-                own=lambda: _tap(own(), b),
+                own=lambda query: _tap(own(query), b),
                 pick=picker.only(columns.place[0]),
             )
             going = self.inside.leaver(state, landing.visual)
@@ -269,10 +278,19 @@ class Passage:
         rank = torch.where(columns.visual, 2 * stays, 1 + columns.real.to(stays.dtype))
         return torch.sort(topk(rank.to(torch.float32), landing.columns), dim=-1).values, x
 
-    def peek(self, layer: Any, x: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Calls:
-        """The q and k that a layer would make of the columns before its rung."""
-        given = self.narrowed(kwargs) | {"past_key_values": None, "use_cache": False}
-        return peek(self.language.config, lambda: layer.forward(x, *self.beside(rest), **given))
+    def peek(
+        self, layer: Any, x: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any], query: Tensor | None
+    ) -> Calls:
+        """The q and k that a layer would make of the columns before its rung; q of one column, or of all."""
+        beside, given = self.beside(rest), self.narrowed(kwargs) | {"past_key_values": None, "use_cache": False}
+        config = self.language.config
+        found = peek(config, lambda: layer.forward(x, *beside, **given))
+        if query is None:
+            return found
+        one = query[None].expand(len(x), -1)
+        asked = peek(config, lambda: layer.forward(*of_columns(one, x, *beside), **of_columns_by_name(one, given)))
+        ((q, _),), ((_, k),) = asked.rows, found.rows
+        return Calls([(q, k)], scale=found.scale)
 
     def narrowed(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer is given, for the columns that it sees."""

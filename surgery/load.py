@@ -25,7 +25,8 @@ from ..prompt import Prompter
 from . import tiny
 from .anatomy import Anatomy
 from .families import family_of
-from .selection import Attached, Selection, attached, leaving
+from .measure import measured
+from .selection import Attached, Selection, attached, leaving, projected
 from .structure import Parts
 
 Size = tuple[int, int]  # pixels: height, width
@@ -51,6 +52,7 @@ def describe(model: Any) -> Anatomy:
     family, config = about.family, model.config
     parts = family.locate(model)
     blocks = [parts.tower_layers, parts.language_layers]
+    keep = tuple(about.keep(index) for index in range(len(about.buckets)))
     quantized = [part for part, layers in zip(("vision", "language"), blocks, strict=True) if _is_int8(layers)]
     return Anatomy(
         family=config.model_type,
@@ -59,12 +61,15 @@ def describe(model: Any) -> Anatomy:
         language=family.language(model, parts),
         layout=replace(family.layout(config), frames=max((bucket.frames for bucket in about.buckets), default=1)),
         buckets=about.buckets,
-        segments=tuple(family.segments(config, bucket.geometry) * bucket.frames for bucket in about.buckets),
+        segments=tuple(one.segments for one in measured(model)),
+        windows=tuple(family.windows(config, bucket.geometry) * bucket.frames for bucket in about.buckets),
+        outside=tuple(one.outside for one in measured(model)),
         breaks=tuple(len(bucket.line_breaks) for bucket in about.buckets),
         scored=tuple(sorted(family.scored(model)))
         if all(family.members(config, bucket.geometry) is not None for bucket in about.buckets)
         else (),
-        keep=tuple(about.keep(index) for index in range(len(about.buckets))),
+        keep=keep,
+        projected=projected(about.selection.selector, about.buckets, keep) if about.selection else keep,
         method=about.selection.selector.method if about.selection else None,
         query_dependent=about.selection is not None and about.selection.selector.text,
         leaving=leaving(about.selection.selector, about.buckets, about.selection.keep, len(parts.tower_layers))

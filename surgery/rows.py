@@ -7,7 +7,7 @@ arXiv:2410.06169) and, of attention among themselves, by SAISA (NAAViT, arXiv:25
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -137,7 +137,7 @@ class _Given:
         return getattr(self.cache, name)
 
 
-Half = Callable[[Tensor, Tensor, Tensor, float, "Split", Tensor], Tensor]
+Half = Callable[[Tensor, Tensor, Tensor, float, Split, Tensor], Tensor]
 
 
 def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Half | None) -> Callable[..., Any]:
@@ -155,8 +155,7 @@ def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Ha
         ((_, k),), (v,) = calls.rows, calls.values
 
         def half(columns: Tensor, **other: Any) -> Any:
-            mine = {name: _columns(name, value, columns) for name, value in given.items()}
-            return forward(take(x, columns, -2, -3), *(take(r, columns, *_axis(BESIDE)) for r in rest), **mine | other)
+            return forward(*of_columns(columns, x, *rest), **of_columns_by_name(columns, given) | other)
 
         step, seen = given.get("step"), reader.seen(parts.text)
         mask = {"attention_mask": seen} if step is None else {}
@@ -191,13 +190,19 @@ def _own_column(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Split, see
     return (share[..., :-1] @ v_text + share[..., -1:] * v_own).transpose(1, 2)
 
 
-def _axis(axes: tuple[tuple[int, ...], int]) -> tuple[int, int]:
-    (axis,), prompts = axes
-    return axis, prompts
+def of_columns(columns: Tensor, x: Tensor, *beside: Any) -> list[Any]:
+    """What a layer is given by place, for these of its columns alone, int64 [B, n]."""
+    (axis,), prompts = BESIDE
+    return [take(one, columns, axis, prompts) for one in (x, *beside)]
 
 
-def _columns(name: str, value: Any, columns: Tensor) -> Any:
-    """Of what a layer is given by name, what belongs to these of its columns; a mask is given anew."""
-    if name not in AXES or name == "attention_mask" or value is None:
-        return value
-    return take(value, columns, *_axis(AXES[name]))
+def of_columns_by_name(columns: Tensor, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What it is given by name; a mask is given anew."""
+
+    def one(name: str, value: Any) -> Any:
+        if name not in AXES or name == "attention_mask" or value is None:
+            return value
+        (axis,), prompts = AXES[name]
+        return take(value, columns, axis, prompts)
+
+    return {name: one(name, value) for name, value in given.items()}

@@ -171,6 +171,10 @@ class Selector(Protocol):
         """How many tokens leave the tower in each of its blocks; empty for a method that works behind the tower."""
         ...
 
+    def projected(self, tokens: int, keep: int) -> int:
+        """How many rows go through a projector that works token by token: those that are kept, or looked at."""
+        ...
+
     def inside(self, rows: Rows, leave: int) -> Rows:
         """What goes on from attention to MLP of a block, `leave` tokens fewer."""
         ...
@@ -228,6 +232,7 @@ class Attached:
     selection: Selection | None = None
     inside: Any = None  # surgery.inside.Inside
     idle: Idle = field(default_factory=Idle)
+    measured: Any = None  # for each bucket; see surgery/measure.py
 
     def keep(self, bucket: int) -> int:
         """Visual tokens that an image of this bucket keeps."""
@@ -244,6 +249,14 @@ def leaving(
     """For each bucket, tokens that leave the tower in each of its blocks; empty for a method behind the tower."""
     found = tuple(selector.leaving(b.tokens, count, blocks) for b, count in zip(buckets, keep, strict=True))
     return found if any(map(any, found)) else ()
+
+
+def projected(selector: Selector, buckets: Sequence[Bucket], keep: Sequence[int]) -> tuple[int, ...]:
+    """For each bucket, rows that go through a projector that works token by token; all where nothing is chosen."""
+    return tuple(
+        count if count == bucket.tokens else selector.projected(bucket.tokens, count)
+        for bucket, count in zip(buckets, keep, strict=True)
+    )
 
 
 def attached(model: Any) -> Attached:

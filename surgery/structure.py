@@ -168,6 +168,28 @@ def _linear(module: Any) -> Any:
     return module if hasattr(module, "in_features") else getattr(module, "linear", module)
 
 
+def sliding_window(attention: Any) -> int:
+    """Columns that an attention of the language model sees at most, itself included; 0 for all."""
+    default = getattr(getattr(attention, "config", None), "sliding_window", None)  # Mistral keeps it there
+    return getattr(attention, "sliding_window", default) or 0
+
+
+def product_weights(block: nn.Module) -> int:
+    """Weights of a block that rows are multiplied with outside its attention: linears, convolutions, experts."""
+    attention = find_attention(block)
+    inside = set() if attention is None else set(map(id, attention.modules()))
+    found = 0
+    for module in block.modules():
+        if id(module) in inside:
+            continue
+        linear: Any = module
+        if hasattr(module, "in_features"):
+            found += linear.weight.numel()
+        else:
+            found += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+    return found
+
+
 def mlp_linears(block: nn.Module) -> list[Any]:
     """The linears of a block outside its attention."""
     attention = find_attention(block)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import vlmcut
 from PIL import Image
-from vlmcut import api, pipeline
+from vlmcut import api, pipeline, tables
 from vlmcut.errors import ExportError, ModelError, PassError, VlmcutError
 from vlmcut.exporters.lint import Finding
 from vlmcut.manifest import Manifest, read
 from vlmcut.pipeline import Request
-from vlmcut.surgery.anatomy import costs, kv_bytes
+from vlmcut.surgery.costs import costs, kv_bytes
 from vlmcut.surgery.load import describe
 from vlmcut.surgery.selection import attached
 
@@ -103,10 +103,32 @@ def test_inspect_is_plain_data_that_adds_up() -> None:
     assert json.loads(json.dumps(data)) == data
     planned = pipeline.plan(Request(model="tiny:llava", prune=0.7, **SMALL))
     assert data["budgets"][0]["sequence"] == 2 * 5 + 24
-    assert data["after"]["kv_bytes"] == kv_bytes(planned.after, 2 * 5 + 24 + 20)
+    assert data["after"]["kv_bytes"] == kv_bytes(planned.after, planned.budgets[0])
     for name, a in (("before", planned.before), ("after", planned.after)):
         assert sum(c["flops"] for c in data[name]["costs"]) == sum(c.flops for c in costs(a, images=2, text_tokens=24))
     assert {v["name"] for v in data["passes"]} == {v.name for v in api.verdicts(planned.before)}
+
+
+def test_inspect_predicts_what_the_bundle_was_predicted_to_do(bundle: Path) -> None:
+    """From the config alone and from the cut model: the same numbers; a line of text for each graph says them."""
+    data = vlmcut.inspect("tiny:llava", prune=0.7, **SMALL)
+    manifest = read(bundle)
+    after = {name.partition("-")[0]: w["predicted"] for name, w in manifest.anatomy["work"].items()}
+    assert data["after"]["graphs"] == after and set(after) == {"vision", "prefill", "decode"}
+    before = data["before"]["graphs"]
+    assert all(after[name]["flops"] < before[name]["flops"] for name in after)
+    assert all(after[name]["state_bytes"] < before[name]["state_bytes"] for name in ("prefill", "decode"))
+    said = tables.plan("tiny:llava", pipeline.plan(Request(model="tiny:llava", prune=0.7, **SMALL))).splitlines()
+    assert [line.split()[1] for line in said if line.startswith("graph ")] == list(before)
+    assert f"{before['prefill']['flops'] / 1e9:.4g} ->" in next(line for line in said if "graph    prefill" in line)
+    lines = [line for line in tables.verdict(manifest).splitlines() if line.startswith("work ")]
+    assert len(lines) == len(manifest.graphs) and all("GFLOP counted" in line for line in lines)
+
+
+def test_every_size_of_picture_has_its_vision_graph() -> None:
+    data = vlmcut.inspect("tiny:qwen2_vl", image_size=((64, 64), (96, 64)), prune=0.5)
+    small, large = (data["after"]["graphs"][f"vision {size}"]["flops"] for size in ("64x64", "96x64"))
+    assert small < large and {"prefill", "decode"} < set(data["before"]["graphs"])
 
 
 def test_bundle_is_what_was_planned(bundle: Path, tiny: Any) -> None:

@@ -118,6 +118,8 @@ def page(manifest: Manifest, rows: list[ExactnessRow]) -> str:
         parts.append("<h2>Near ties</h2><ul>")
         parts += [f"<li>{html.escape(text)}</li>" for text in manifest.exactness["near_ties"]]
         parts.append("</ul>")
+    if work := manifest.anatomy.get("work"):
+        parts += ["<h2>Work of one call</h2>", _table(_WORK, [_work_cells(name, one) for name, one in work.items()])]
     if manifest.quality:
         q = manifest.quality
         parts += [
@@ -133,6 +135,17 @@ def page(manifest: Manifest, rows: list[ExactnessRow]) -> str:
     parts += [f"<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>"]
     parts += ["<h2>Made with</h2>", _table(["tool", "version"], [[k, v] for k, v in manifest.tools.items()]), "</html>"]
     return "\n".join(parts)
+
+
+_WORK = ["graph", "GFLOP counted", "predicted", "ratio", "MB of weights read", "MB of states"]
+
+
+def _work_cells(name: str, work: dict[str, Any]) -> list[str]:
+    """A row of the table of work; see `work.py`."""
+    have = work["counted"]
+    flops = [f"{one['flops'] / 1e9:.4g}" for one in (have, work["predicted"])]
+    sizes = [f"{have[key] / 1e6:.3f}" for key in ("weight_bytes", "state_bytes")]
+    return [name, *flops, f"{work['ratio']:.3f}", *sizes]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

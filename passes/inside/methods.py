@@ -29,7 +29,7 @@ def _fastv(state: LayerState, keep: int, options: Options) -> Going:
 
 
 def _pyramiddrop(state: LayerState, keep: int, options: Options) -> Going:
-    return Going(state.top(scores.visual(state, scores.asked(state, state.own())), keep))
+    return Going(state.top(scores.visual(state, scores.asked(state, state.own(state.last))), keep))
 
 
 def _joined(best: Tensor, centres: Tensor, mix: Tensor) -> Going:
@@ -73,7 +73,7 @@ def _fitprune(state: LayerState, keep: int, options: Options) -> Going:
 
 
 def _visiondrop(state: LayerState, keep: int, options: Options) -> Going:
-    tap = state.own()
+    tap = state.own(None)
     ((_, k),) = tap.rows
     rows = state.attention(tap).mean(dim=0)
     seen = state.columns.visual[0]

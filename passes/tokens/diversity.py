@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...surgery.selection import Choice, TowerState
-from .method import Method, Options, Place, Refusal, last
+from .method import Method, Options, Place, Refusal, every_row, last
 from .scores import cosine_distance, received, unit, wide
 from .select import among, ascending, greedy, mark, max_min, max_sum
 
@@ -105,6 +105,7 @@ ROWS = {
         title="DivPrune",
         source="arXiv:2503.02175, algorithm 1",
         summary="the most diverse tokens, by greedy max-min cosine distance after the projector",
+        projects=every_row,
         choose=_divprune,
         options=_STEPS,
         refuse=_refuse_steps,
@@ -114,6 +115,7 @@ ROWS = {
         title="ToDRE",
         source="arXiv:2505.18757",
         summary="the token attended to most, then those of the largest summed cosine distance to all taken",
+        projects=lambda tokens, keep, options: keep * options["prefilter"] or tokens,
         choose=_todre,
         options={"variant": "max-sum", "prefilter": 0} | _STEPS,
         blocks=last,
@@ -126,6 +128,7 @@ ROWS = {
         title="DART",
         source="arXiv:2502.11494",
         summary="a few pivot tokens, and for each those most unlike it, after the projector",
+        projects=every_row,
         choose=_dart,
         options={"pivots": 4},
         refuse=_refuse_dart,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...surgery.selection import Choice, TowerState
 from .merge import in_order, one_hot
-from .method import Method, Options, Place, Refusal, last
+from .method import Method, Options, Place, Refusal, every_row, last
 from .scores import change, density_peaks, received, unit, wide
 from .select import ascending, mark
 
@@ -235,6 +235,7 @@ ROWS = {
         title="EVS",
         source="arXiv:2510.14624, as deployed in vLLM",
         summary="the first frame whole, then the tokens that changed most since the frame before",
+        projects=every_row,
         choose=_evs,
         frames=True,
         refuse=_refuse_evs,
@@ -243,6 +244,7 @@ ROWS = {
         title="DyCoke, stage 1",
         source="arXiv:2411.15024",
         summary="of every four frames one whole, of the others the tokens that are least like the frame before",
+        projects=every_row,
         choose=_dycoke,
         frames=True,
         refuse=_refuse_dycoke,
@@ -253,6 +255,7 @@ ROWS = {
         title="FastVID",
         source="arXiv:2503.11187",
         summary="of each part of a clip the most attended tokens, and centres of clusters that the rest merges into",
+        projects=every_row,
         choose=_fastvid,
         options={"segments": 8, "context": 0.4, "anchors": 4, "neighbours": 4, "alpha": 0.6},
         blocks=last,

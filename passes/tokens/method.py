@@ -37,6 +37,16 @@ class Inside:
     step: Callable[[Rows, int, Options], Rows]  # of rows, how many leave: what goes on
 
 
+def no_row(tokens: int, keep: int, options: Options) -> int:
+    """Nothing behind the projector is looked at."""
+    return 0
+
+
+def every_row(tokens: int, keep: int, options: Options) -> int:
+    """All tokens are looked at behind the projector."""
+    return tokens
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A row of the table. `choose` composes pieces from what a state offers."""
@@ -52,10 +62,16 @@ class Method:
     text: bool = False  # depends on the question: a new question about the same picture needs a new look at it
     frames: bool = False  # compares the frames of a clip: needs two or more
     merges: bool = False  # makes tokens of several
+    projects: Callable[[int, int, Options], int] = no_row  # of tokens, keep: rows projected to be looked at
     module: type[Learned] | None = None  # what its weights make; option `weights` names their file
     refuse: Callable[[Place, Options], Refusal | None] = lambda place, options: None
     without_cls: str | None = None  # what it does on a tower without [CLS]
     differs: str = ""  # from the paper
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it makes tokens of the language model's width itself, in the place of the projector."""
+        return self.module is not None and self.merges
 
     @property
     def stage(self) -> str:

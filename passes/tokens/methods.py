@@ -66,6 +66,10 @@ class TableSelector:
         row, options = self._parsed
         return () if row.inside is None else row.inside.leaving(tokens, keep, blocks, options)
 
+    def projected(self, tokens: int, keep: int) -> int:
+        row, options = self._parsed
+        return row.projects(tokens, keep, options) + (0 if row.compresses else keep)
+
     def inside(self, rows: Rows, leave: int) -> Rows:
         row, options = self._parsed
         assert row.inside is not None

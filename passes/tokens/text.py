@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...surgery.selection import Choice, TowerState
-from .method import Method, Options, Place, Refusal
+from .method import Method, Options, Place, Refusal, every_row
 from .scores import mean_shares, min_max, shares, to_text, unit
 from .select import coverage, dpp, greedy
 
@@ -67,6 +67,7 @@ ROWS = {
         title="CDPruner",
         source="arXiv:2506.10967",
         summary="tokens that are diverse and relevant to the question together, by a determinantal point process",
+        projects=every_row,
         choose=_cdpruner,
         options={"sign": 1, "theta": 0.5},
         text=True,
@@ -80,6 +81,7 @@ ROWS = {
         title="MMTok",
         source="arXiv:2508.18264",
         summary="tokens that cover both the question and the picture best, greedily",
+        projects=every_row,
         choose=_mmtok,
         options={"alpha": 0.5, "tau_vv": 0.2, "tau_tv": 0.02},
         text=True,

@@ -24,7 +24,7 @@ from .learned.tokenflex import TokenFlex, shape
 from .learned.tokenpacker import TokenPacker
 from .learned.windows import centres
 from .learned.wtc import WindowCompression
-from .method import Method, Options, Place, Refusal
+from .method import Method, Options, Place, Refusal, every_row
 from .scores import wide
 from .select import ascending
 
@@ -134,6 +134,7 @@ ROWS = {
         title="CoViPAL",
         source="arXiv:2508.17243",
         summary="a small trained classifier scores each token beside the question",
+        projects=every_row,
         text=True,
         differs="the classifier's form is ours, as small as can be; it runs once, before the language model; trained "
         "by the paper's first stage alone; " + _NAMES,
@@ -145,6 +146,7 @@ ROWS = {
         title="Generic token compression",
         source="arXiv:2506.01097",
         summary="five trained convolutions over the question's attention in the first language layer",
+        projects=every_row,
         text=True,
         differs="the attention is of a prompt of the picture and the question alone, and divided by its mean; kernel "
         "size and activation are ours, the paper's are not known; " + _NAMES,
@@ -189,6 +191,7 @@ ROWS = {
         title="LLaVA-UHD v3, windowed token compression",
         source="arXiv:2511.21150",
         summary="a trained weighted mean of each 2 x 2 window",
+        projects=every_row,
         differs="once, behind the projector, instead of twice inside a tower with finer patches; " + _NAMES,
     ),
 }

@@ -31,8 +31,10 @@ from ..structure import (
     head_dim,
     kv_heads,
     mlp_linears,
+    product_weights,
     query_heads,
     refuse_encoder_decoder,
+    sliding_window,
 )
 from .leftovers import LEFTOVERS
 
@@ -124,7 +126,15 @@ class Family:
         return ()
 
     def segments(self, config: Any, geometry: Geometry) -> tuple[int, ...]:
-        """Rows of each segment that attends to itself in the tower, [CLS] included; for counting work only."""
+        """Rows of each segment that attends to itself in the tower, [CLS] included; empty: see what enters a layer."""
+        return ()
+
+    def windowed(self, config: Any, layers: int) -> tuple[bool, ...]:
+        """Which tower layers see windows of the picture only."""
+        return (False,) * layers
+
+    def windows(self, config: Any, geometry: Geometry) -> tuple[int, ...]:
+        """Rows of each window, for a tower that has some; for counting work only."""
         return ()
 
     def feature_layer(self, config: Any, layers: int) -> int:
@@ -246,6 +256,8 @@ class Family:
             heads=tuple(0 if a is None else query_heads(a) for a in attention),
             intermediate=_widths(layers, linears),
             matrices=len(linears),
+            others=_outside_layers(parts),
+            windowed=self.windowed(model.config, len(layers)),
             patch_size=_patch_size(vision),
             has_cls=self.has_cls(model.config),
             feature_layer=self.feature_layer(model.config, len(layers)),
@@ -260,13 +272,23 @@ class Family:
         attention = [find_attention(b) for b in parts.language_layers]
         first = next(a for a in attention if a is not None)
         linears = mlp_linears(next(b for b, a in zip(parts.language_layers, attention, strict=True) if a is first))
+        matrices = max(0 if (mlp := find_mlp(b)) is None else len(mlp.names) for b in parts.language_layers)
+        intermediate = _widths(parts.language_layers, linears)
+        windows = tuple(0 if a is None else sliding_window(a) for a in attention)
         return Language(
             kind=text.model_type,
             hidden=text.hidden_size,
             head_dim=head_dim(first),
             heads=tuple(0 if a is None else query_heads(a) for a in attention),
             kv_heads=tuple(0 if a is None else kv_heads(a) for a in attention),
-            intermediate=_widths(parts.language_layers, linears),
+            intermediate=intermediate,
+            matrices=matrices,
+            others=tuple(
+                product_weights(block) - matrices * text.hidden_size * neurons
+                for block, neurons in zip(parts.language_layers, intermediate, strict=True)
+            ),
+            windows=windows,
+            masked=tuple(self.prefix != "causal" and (bool(w) or not self.windowed_blocks) for w in windows),
             vocabulary=parts.head.out_features,
             tied=parts.head.weight is parts.language.get_input_embeddings().weight,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
@@ -365,6 +387,13 @@ def _widths(blocks: list[Any], linears: list[Any]) -> tuple[int, ...]:
     """Neurons of each block; of `linears`, those of a block that has some, where a block's MLP is not understood."""
     usual = linears[0].out_features if linears else 0
     return tuple(usual if (mlp := find_mlp(block)) is None else mlp.neurons for block in blocks)
+
+
+def _outside_layers(parts: Parts) -> int:
+    """Weights of the tower outside its layers, norms and biases left out, and a pooling head, which nobody reads."""
+    inside = [*parts.tower_layers, *([parts.tower.head] if hasattr(parts.tower, "head") else [])]
+    counted = {id(p) for module in inside for p in module.parameters()}
+    return sum(p.numel() for p in parts.tower.parameters() if p.dim() > 1 and id(p) not in counted)
 
 
 def _patch_size(vision: Any) -> int:

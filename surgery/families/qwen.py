@@ -41,15 +41,27 @@ class Qwen25VL(Qwen2VL):
         full = model.config.vision_config.fullatt_block_indexes
         return {block: module for block, module in super().scored(model).items() if block in full}
 
+    def windowed(self, config: Any, layers: int) -> tuple[bool, ...]:
+        return tuple(layer not in config.vision_config.fullatt_block_indexes for layer in range(layers))
+
     def members(self, config: Any, geometry: Geometry) -> np.ndarray:
         """Inside the tower groups of patches stand in the order of windows."""
-        vision = config.vision_config
-        grid = torch.tensor(geometry["image_grid_thw"])[None]
-        index, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        return super().members(config, geometry)[np.argsort(index.numpy())]
+        return super().members(config, geometry)[np.argsort(_windows(config, geometry)[0])]
+
+    def windows(self, config: Any, geometry: Geometry) -> tuple[int, ...]:
+        ends = np.unique(_windows(config, geometry)[1])  # a window outside the picture is empty
+        return tuple(np.diff(ends).tolist())
 
 
 class Qwen3VL(Qwen2VL):
     """DeepStack: features of some tower blocks are added behind the first language layers."""
 
     fixed_tower = "`deepstack_visual_indexes` names blocks by number"
+
+
+def _windows(config: Any, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens in the order of windows, and the patches before each window and behind the last."""
+    vision = config.vision_config
+    grid = torch.tensor(geometry["image_grid_thw"])[None]
+    found = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return found[0].numpy(), found[1].numpy()

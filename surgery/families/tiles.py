@@ -85,7 +85,8 @@ class Idefics3(InternVL):
         taken: list[Tensor] = []
         hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
         try:
-            embeddings(pixels, mask)
+            zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in embeddings.named_parameters()}
+            torch.func.functional_call(embeddings, zeros, (pixels, mask))  # the model's own may be unset
         finally:
             hook.remove()
         return {"position_ids": taken[0].detach()}

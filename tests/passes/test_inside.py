@@ -17,17 +17,20 @@ from torch import Tensor
 from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
+from vlmcut.exporters.flops import count
 from vlmcut.exporters.graphs import write_graphs
-from vlmcut.exporters.operators import Contrib
+from vlmcut.exporters.operators import Contrib, Operators, Standard
 from vlmcut.manifest import Manifest, Rung, TokenBudget, visual_left
 from vlmcut.passes.drop_layers import DropLayers
 from vlmcut.passes.inside.methods import METHODS, recycled
 from vlmcut.passes.prune_inside import PruneInside, from_flags, usual_ladder
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
+from vlmcut.passes.skip_visual import SkipVisual
 from vlmcut.prompt import Prompt
 from vlmcut.runtime.sessions import Graphs
 from vlmcut.surgery import inside
+from vlmcut.surgery.costs import predict
 from vlmcut.surgery.inside import Inside
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.picking import Picker
@@ -312,6 +315,36 @@ def test_the_graph_keeps_the_same_columns(method: str, tiny, prompt) -> None:
             assert have[have < shrunk.length].tolist() == places[0].tolist()
         # float32: other kernels and padding. Measured 9.6e-7.
         np.testing.assert_allclose(found["logits"][0], talk.logits[0], rtol=0, atol=1e-5)
+
+
+STEPS_OF_WORK = {
+    "exit": [PruneInside(method="exit", layers=(1,), share=(0.0,))],
+    "fastv, then exit": [PruneInside(method="fastv", layers=(1, 2), share=(0.5, 0.0))],
+    "pyramiddrop": [PruneInside(method="pyramiddrop", layers=(1, 2), share=(0.5, 0.25))],
+    "mlp": [SkipVisual(what="mlp", count=2, layers=(0, 1))],
+    "layer": [SkipVisual(what="layer", count=2, layers=(0, 2))],
+    "apart": [SkipVisual(what="apart", count=1, layers=(1,))],
+    "exit, then mlp": [
+        PruneInside(method="exit", layers=(2,), share=(0.0,)),
+        SkipVisual(what="mlp", count=1, layers=(0,)),
+    ],
+}
+
+
+@pytest.mark.parametrize("operators", [Contrib(), Standard()], ids=["contrib", "standard"])
+@pytest.mark.parametrize("name", STEPS_OF_WORK)
+def test_work_is_predicted(name: str, operators: Operators, tiny) -> None:
+    """FLOPs of prefill as planned against those counted in the graph; what is not predicted is what chooses."""
+    loaded = tiny("llava")
+    make(STEPS_OF_WORK[name]).apply(loaded.model, None)
+    a = describe(loaded.model)
+    budget = TokenBudget(images=2, visual_tokens=16, text_tokens=24, new_tokens=8, ladder=a.ladder)
+    for role, place in (("prefill", 1), ("decode", 2)):
+        graph = onnx.export(components(loaded.model, budget, a.keep)[place], loaded.model, operators)
+        causal = operators.causal(torch.float32, a.language.head_dim)
+        # Measured 0.96 to 1.00. PyramidDrop makes the keys of two of three layers twice, which is not predicted.
+        near = 0.15 if name == "pyramiddrop" else 0.05
+        assert predict(a, budget, role, causal=causal).flops == pytest.approx(count(graph).flops, rel=near)
 
 
 @pytest.mark.parametrize("method", ["fastv", "exit"])

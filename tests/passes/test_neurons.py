@@ -29,7 +29,7 @@ from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import Recipe, make
 from vlmcut.pipeline import Request
 from vlmcut.surgery import tiny as tiny_models
-from vlmcut.surgery.anatomy import costs
+from vlmcut.surgery.costs import costs
 from vlmcut.surgery.families import family_of
 from vlmcut.surgery.load import Loaded, attach, describe, locate
 from vlmcut.surgery.neurons import Mlp, find_mlp, solid

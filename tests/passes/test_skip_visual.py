@@ -23,7 +23,8 @@ from vlmcut.passes.prune_inside import PruneInside
 from vlmcut.passes.recipe import make
 from vlmcut.passes.skip_visual import WHATS, SkipVisual, visual_change
 from vlmcut.prompt import Prompt
-from vlmcut.surgery.anatomy import Idle, costs
+from vlmcut.surgery.anatomy import Idle
+from vlmcut.surgery.costs import costs
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.neurons import find_mlp
 from vlmcut.surgery.talk import Talk, see_all

@@ -30,7 +30,7 @@ from vlmcut.passes.recipe import make
 from vlmcut.passes.tokens.methods import METHODS, TableSelector
 from vlmcut.passes.tokens.tower import attended, depart, even, ladder, least, merge
 from vlmcut.prompt import Picture
-from vlmcut.surgery.anatomy import costs
+from vlmcut.surgery.costs import costs
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.merging import between, pre_norm, prove, rigid
 from vlmcut.surgery.selection import Rows, Tap, attached

@@ -188,6 +188,9 @@ class Fixed:
     def leaving(self, tokens: int, keep: int, blocks: int) -> tuple[int, ...]:
         return ()
 
+    def projected(self, tokens: int, keep: int) -> int:
+        return keep
+
     def blocks(self, scored: Any) -> Any:
         return ()
 
