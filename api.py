@@ -14,6 +14,7 @@ from .manifest import Manifest
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
 from .passes.drop_neurons import DropNeurons
+from .passes.heal import Heal
 from .passes.prune_tokens import PruneTokens
 from .passes.quantize import Quantize
 from .passes.recipe import PASSES
@@ -116,6 +117,7 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         found.append(_try(f"{DropNeurons.name} {part}", step, trimmed, f"{neurons} neurons per layer"))
         layers = trimmed.tower.layers if part == "vision" else a.language.layers
         found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))
+    found.append(_try(Heal.name, Heal(steps=1), trimmed, "after a cut; trains on the calibration prompts"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
     assert {v.name.split()[0] for v in found} == set(PASSES)
     return found

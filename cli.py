@@ -38,6 +38,7 @@ DropNeurons = Annotated[
     str | None, typer.Option("--drop-neurons", help="Fractions removed: vision:0.25,language:0.25.")
 ]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
+Heal = Annotated[int | None, typer.Option("--heal", help="Steps of training towards the uncut model, after the cuts.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
@@ -67,6 +68,7 @@ def convert(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -93,7 +95,18 @@ def convert(
 
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            heal,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         target=target,
         dtype=dtype,
@@ -144,6 +157,7 @@ def inspect(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -174,7 +188,18 @@ def inspect(
         raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            heal,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         images=images,
         text_tokens=text_tokens,
@@ -200,6 +225,7 @@ def cut(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -214,7 +240,18 @@ def cut(
 
     request = api.Request(
         **_cuts(
-            model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
+            model,
+            prune,
+            keep,
+            method,
+            drop_heads,
+            drop_layers,
+            drop_neurons,
+            heal,
+            quantize,
+            recipe,
+            image_size,
+            frames,
         ),
         calibration=calibration,
         seed=seed,
@@ -407,7 +444,7 @@ def sweep(
     from vlmcut.validation.sweep_plan import design
     from vlmcut.validation.sweep_report import table, to_json, write
 
-    sizes = _cuts(model, None, None, "uniform", None, None, None, "none", None, image_size, 1)["image_size"]
+    sizes = _cuts(model, None, None, "uniform", None, None, None, None, "none", None, image_size, 1)["image_size"]
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     with staged(out) as folder:
         asked = Asked(
@@ -463,17 +500,13 @@ def lint(
 @app.command()
 def passes(as_json: AsJson = False) -> None:
     """List every pass and method with its source."""
-    import dataclasses
-
+    from vlmcut.passes.base import keys
     from vlmcut.passes.recipe import PASSES
     from vlmcut.passes.tokens.methods import METHODS
 
     if as_json:
         data = {
-            "passes": {
-                n: {"summary": p.summary, "source": p.source, "keys": [f.name for f in dataclasses.fields(p)]}
-                for n, p in PASSES.items()
-            },
+            "passes": {n: {"summary": p.summary, "source": p.source, "keys": list(keys(p))} for n, p in PASSES.items()},
             "methods": {
                 n: {
                     "title": m.title,
@@ -489,8 +522,8 @@ def passes(as_json: AsJson = False) -> None:
         return
     print("passes, in the order of a recipe")
     for name, kind in PASSES.items():
-        keys = ", ".join(f.name for f in dataclasses.fields(kind)) or "no keys"
-        print(f"  {name:<13} {kind.summary}\n                keys: {keys}; {kind.source}")
+        fields = ", ".join(keys(kind)) or "no keys"
+        print(f"  {name:<13} {kind.summary}\n                keys: {fields}; {kind.source}")
     print("methods of prune-tokens")
     for name, row in METHODS.items():
         options = ":".join(f"{key}={_option(value)}" for key, value in row.options.items())
@@ -527,6 +560,7 @@ def _cuts(
     drop_heads: str | None,
     drop_layers: str | None,
     drop_neurons: str | None,
+    heal: int | None,
     quantize: str,
     recipe: Path | None,
     image_size: str | None,
@@ -540,6 +574,7 @@ def _cuts(
         "drop_heads": _pairs("--drop-heads", drop_heads, float),
         "drop_layers": _pairs("--drop-layers", drop_layers, int),
         "drop_neurons": _pairs("--drop-neurons", drop_neurons, float),
+        "heal": heal,
         "quantize": quantize,
         "recipe": recipe,
         "frames": frames,

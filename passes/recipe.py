@@ -23,11 +23,13 @@ from typing import Any
 from ..errors import PassError, nearest
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import describe
-from .base import PARTS, Pass
+from .base import PARTS, Pass, keys
 from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
 from .drop_neurons import DropNeurons
+from .heal import Heal
+from .lessons import listen
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
 from .tokens.method import parse as parse_method
@@ -35,7 +37,7 @@ from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, Quantize)
+    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, Heal, Quantize)
 }
 
 
@@ -47,9 +49,33 @@ class Recipe:
 
     def plan(self, a: Anatomy) -> Anatomy:
         """The anatomy this recipe will produce; refuses before anything is edited."""
+        self.check_order()
         for step in self.passes:
             a = step.plan(a)
         return a
+
+    def check_order(self) -> None:
+        """Refuse a training that nothing needs, that is made twice, or that a later cut would undo."""
+        places = [i for i, step in enumerate(self.passes) if isinstance(step, Heal)]
+        if not places:
+            return
+        if len(places) > 1:
+            raise PassError(f"{Heal.name}: {len(places)} of them", hint="heal once, after the last cut")
+        before, after = self.passes[: places[0]], self.passes[places[0] + 1 :]
+        if all(isinstance(step, TrimTower) for step in before):
+            raise PassError(f"{Heal.name}: no pass before it cuts anything", hint="put it after the cuts")
+        if late := [step.name for step in after if not isinstance(step, Quantize)]:
+            raise PassError(
+                f"{Heal.name}: `{late[0]}` comes after it", hint="put it after every cut; only quantize may follow"
+            )
+
+    @property
+    def heals(self) -> bool:
+        return any(isinstance(step, Heal) for step in self.passes)
+
+    def unhealed(self) -> Recipe:
+        """The same without its training."""
+        return Recipe(tuple(step for step in self.passes if not isinstance(step, Heal)))
 
     def keeping(self, keep: tuple[int, ...]) -> Recipe:
         """The same with so many tokens of an image of each bucket: one recipe serves several budgets."""
@@ -77,9 +103,19 @@ class Recipe:
 
         Returns:
             The resolved recipe: applying it again to the same weights needs no data and gives the same model.
+
+        Raises:
+            PassError: a pass cannot do what it should, or must look at data and there are none.
         """
         a = describe(model)
         self.plan(a)
+        if blind := [step.name for step in self.passes if step.needs_calibration and calibration is None]:
+            raise PassError(
+                f"{blind[0]}: there are no calibration prompts",
+                hint="give them; where a recipe heals, it makes the same model again only from the same ones",
+            )
+        if self.heals and calibration is not None:  # before anything is cut
+            calibration = dataclasses.replace(calibration, lessons=listen(model, calibration.prompts))
         done = []
         for step in self.passes:
             if step.needs_calibration:
@@ -96,7 +132,7 @@ class Recipe:
     def tables(self) -> list[dict[str, Any]]:
         """The recipe as plain data, one dict per pass, without keys that are unset."""
         return [
-            {"name": step.name} | {k: _plain(v) for k, v in dataclasses.asdict(step).items() if v is not None}
+            {"name": step.name} | {k: _plain(v) for k in keys(type(step)) if (v := getattr(step, k)) is not None}
             for step in self.passes
         ]
 
@@ -155,13 +191,15 @@ def from_flags(
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
     drop_neurons: Mapping[str, float] | None = None,
+    heal: int | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
-    """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, quantization.
+    """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, training, quantization.
 
     Args:
         method: how tokens are chosen; `usual_method` for None.
+        heal: steps of training of the parts that are cut; the language model is one of them if it sees fewer tokens.
 
     Raises:
         PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
@@ -198,6 +236,9 @@ def from_flags(
     if keep is not None and (keep if isinstance(keep, tuple) else (keep,) * len(tokens)) != tokens:
         passes.append(PruneTokens(keep=keep, method=method, seed=seed))
     passes += cuts("language")
+    if heal is not None:
+        touched = {"language" if isinstance(p, PruneTokens) else getattr(p, "part", None) for p in passes}
+        passes.append(Heal(steps=heal, parts=tuple(part for part in PARTS if part in touched) or PARTS))
     if quantize != "none":
         if quantize not in SCHEMES:
             raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))
@@ -213,7 +254,7 @@ def _build(table: Any, where: str) -> Pass:
         raise PassError(f"{where}: no pass `{name}`", hint=nearest(str(name), PASSES))
     kind = PASSES[name]
     types_ = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name in keys(kind)}
     values = {}
     for key, value in table.items():
         if key == "name":

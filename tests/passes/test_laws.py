@@ -75,6 +75,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
+    "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
@@ -83,6 +84,7 @@ REAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.3),
     "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
+    "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.
