@@ -79,8 +79,8 @@ def test_an_answer_read_at_once_is_the_one_said_token_by_token(kind: str, tiny, 
         assert int(talk.logits.argmax()) == token
         talk = talk.say(torch.tensor([token]))
         rows.append(talk.logits[0])
-    # float32: the same sums with other columns beside. Measured on x86 with one thread: at most 2.4e-6.
-    torch.testing.assert_close(lesson.expected, torch.stack(rows).log_softmax(dim=-1), rtol=0, atol=2e-5)
+    # float32: the same sums with other columns beside, over 32 tokens. Measured on x86 with one thread: at most 1.2e-5.
+    torch.testing.assert_close(lesson.expected, torch.stack(rows).log_softmax(dim=-1), rtol=0, atol=5e-5)
 
 
 def test_lessons_do_not_depend_on_their_neighbours(tiny) -> None:
@@ -90,7 +90,7 @@ def test_lessons_do_not_depend_on_their_neighbours(tiny) -> None:
     for i, prompt in enumerate(prompts):
         (alone,) = listen(loaded.model, [prompt])
         assert np.array_equal(alone.prompt.input_ids, together[i].prompt.input_ids)
-        torch.testing.assert_close(alone.expected, together[i].expected, rtol=0, atol=2e-5)  # as above
+        torch.testing.assert_close(alone.expected, together[i].expected, rtol=0, atol=5e-5)  # as above
 
 
 def test_prompts_are_read_with_their_like(tiny) -> None:
