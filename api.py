@@ -14,6 +14,7 @@ from .manifest import Manifest, TokenBudget
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
 from .passes.drop_neurons import DropNeurons
+from .passes.heal import Heal
 from .passes.inside.methods import METHODS as INSIDE
 from .passes.prune_inside import PruneInside
 from .passes.prune_tokens import PruneTokens
@@ -147,6 +148,7 @@ def verdicts(a: Anatomy) -> list[Verdict]:
     for what in WHATS:
         step = SkipVisual(what=what, count=1)
         found.append(_try(f"{SkipVisual.name} {what}", step, trimmed, f"{a.language.layers} layers"))
+    found.append(_try(Heal.name, Heal(steps=1), trimmed, "after a cut; trains on the calibration prompts"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
     assert {v.name.split()[0] for v in found} == set(PASSES)
     return found

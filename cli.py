@@ -45,6 +45,7 @@ Ladder = Annotated[
 ]
 Exit = Annotated[int | None, typer.Option("--exit", help="Language layer from which no visual token goes on.")]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
+Heal = Annotated[int | None, typer.Option("--heal", help="Steps of training towards the uncut model, after the cuts.")]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
@@ -77,6 +78,7 @@ def convert(
     inside: Inside = None,
     ladder: Ladder = None,
     exit_layer: Exit = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -113,6 +115,7 @@ def convert(
             inside,
             ladder,
             exit_layer,
+            heal,
             quantize,
             recipe,
             image_size,
@@ -161,6 +164,7 @@ def inspect(
     inside: Inside = None,
     ladder: Ladder = None,
     exit_layer: Exit = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -202,6 +206,7 @@ def inspect(
             inside,
             ladder,
             exit_layer,
+            heal,
             quantize,
             recipe,
             image_size,
@@ -232,6 +237,7 @@ def cut(
     inside: Inside = None,
     ladder: Ladder = None,
     exit_layer: Exit = None,
+    heal: Heal = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -256,6 +262,7 @@ def cut(
             inside,
             ladder,
             exit_layer,
+            heal,
             quantize,
             recipe,
             image_size,
@@ -537,6 +544,7 @@ def _cuts(
     inside: str | None,
     ladder: str | None,
     exit_layer: int | None,
+    heal: int | None,
     quantize: str,
     recipe: Path | None,
     image_size: str | None,
@@ -553,6 +561,7 @@ def _cuts(
         "inside": inside,
         "ladder": _ladder(ladder),
         "exit_layer": exit_layer,
+        "heal": heal,
         "quantize": quantize,
         "recipe": recipe,
         "frames": frames,

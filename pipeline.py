@@ -28,7 +28,8 @@ from .exporters.staging import refuse_existing, staged
 from .manifest import Manifest, TokenBudget
 from .passes import folder as cut_folder
 from .passes import recipe as recipes
-from .passes.calibration import read_calibration
+from .passes.calibration import MEASURED, read_calibration
+from .passes.heal import Heal
 from .passes.prune_inside import PruneInside
 from .passes.recipe import Recipe
 from .runtime.bundle import Bundle
@@ -61,6 +62,7 @@ class Request:
     inside: str | None = None  # how tokens leave inside the language model
     ladder: tuple[tuple[int, float], ...] = ()  # layers and shares; the method's own if empty
     exit_layer: int | None = None  # from which no visual token goes on
+    heal: int | None = None  # steps of training
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
@@ -110,6 +112,8 @@ def plan(request: Request) -> Plan:
     if made and (request.recipe or request.prune is not None or request.keep):
         raise PassError(f"`{request.model}` is a cut model already", hint="cut the original model instead")
     recipe = _recipe(request, before)
+    if made:
+        recipes.make([*recipes.from_tables(made).passes, *recipe.passes]).check_order()
     after = recipe.plan(before)
     keeps = tuple((k,) * len(before.buckets) for k in request.keep) or (after.keep,)
     for keep in keeps:
@@ -201,7 +205,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
-    flags = flags or request.drop_neurons or request.method is not None
+    flags = flags or request.drop_neurons or request.method is not None or request.heal is not None
     flags = flags or request.inside is not None or request.ladder or request.exit_layer is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
@@ -228,6 +232,7 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
         inside=request.inside,
         ladder=request.ladder,
         exit_layer=request.exit_layer,
+        heal=request.heal,
         quantize=request.quantize,
         seed=request.seed,
     )
@@ -253,12 +258,16 @@ def _apply(request: Request, planned: Plan, loaded: Loaded, progress: Progress) 
     calibration = None
     if planned.recipe.needs_calibration:
         folder = request.calibration or _beside(request.model, "calibration")
-        calibration = read_calibration(loaded, folder)
+        calibration = read_calibration(loaded, folder, None if planned.recipe.heals else MEASURED)
         notes["calibration"] = f"{len(calibration.prompts)} prompts from {calibration.origin}"
         progress(f"calibrating on {notes['calibration']}")
+        calibration = dataclasses.replace(calibration, progress=progress)
     done = planned.recipe.apply(loaded.model, calibration)
     if describe(loaded.model) != done.plan(planned.before):  # which knows what was measured
         raise PassError("the cut model is not what was planned", hint="report this as a bug")
+    for step in done.passes:
+        if isinstance(step, Heal):
+            notes["heal"] = step.report()
     notes["removed"] = complete.removed_weights(shapes, loaded.model)
     return source_config, recipes.make([*_made(loaded), *done.passes]), notes
 
@@ -312,8 +321,11 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     model = loaded.model.to(DTYPES[request.dtype])
     if questions:
         progress("answering with the cut model")
+        if planned.recipe.heals:  # the weights were trained in place
+            answers["cut eager"] = _unhealed_answers(request, planned, recipe, questions)
         with keeping(model, planned.keeps[0]):
-            answers["cut eager"] = quality.eager_answers(loaded, questions, most)
+            name = "healed eager" if planned.recipe.heals else "cut eager"
+            answers[name] = quality.eager_answers(loaded, questions, most)
     with staged(out) as folder:
         graphs = write_graphs(
             model,
@@ -356,6 +368,14 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
         manifest = seal(manifest, folder)
         progress("publishing")
     return manifest
+
+
+def _unhealed_answers(request: Request, planned: Plan, recipe: Recipe, questions: list[quality.Question]) -> list[str]:
+    """What the same cuts answer without training, made from the source's weights once more."""
+    loaded = _load(request)
+    recipes.make(recipe.passes[len(loaded.recipe) :]).unhealed().apply(loaded.model, None)
+    with keeping(loaded.model.to(DTYPES[request.dtype]), planned.keeps[0]):
+        return quality.eager_answers(loaded, questions, min(quality.ANSWER, request.new_tokens))
 
 
 def check_engines(request: Request) -> str | None:

@@ -81,6 +81,7 @@ class Prompt:
     pictures: tuple[Picture, ...]
     counts: tuple[int, ...]  # visual tokens of each picture in this prompt
     layout: Layout
+    said: int = 0  # columns at the end that are an answer's
 
     @property
     def length(self) -> int:
@@ -108,6 +109,19 @@ class Prompt:
             position_ids=positions,
             next_position=after,
             counts=tuple(len(k) for k in kept),
+        )
+
+    def answered(self, tokens: Sequence[int]) -> Prompt:
+        """The same with the tokens of an answer behind it."""
+        count = len(tokens)
+        further = np.arange(self.next_position, self.next_position + count)
+        return replace(
+            self,
+            input_ids=np.append(self.input_ids, np.array(tokens, np.int64)[None], axis=1),
+            visual_index=np.append(self.visual_index, np.full((1, count), -1), axis=1),
+            position_ids=np.append(self.position_ids, np.tile(further, (len(self.position_ids), 1)), axis=1),
+            next_position=self.next_position + count,
+            said=self.said + count,
         )
 
     def pad(self, budget: TokenBudget) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,13 +106,14 @@ def speeds(paths: Sequence[Path], found: Sequence[Speed]) -> str:
 
 def catalogue() -> dict[str, Any]:
     """Every pass and method as plain data."""
+    from .passes.base import keys
+    from .passes.inside.methods import METHODS as INSIDE
     from .passes.recipe import PASSES
     from .passes.tokens.methods import METHODS
 
     return {
         "passes": {
-            name: {"summary": p.summary, "source": p.source, "keys": [f.name for f in dataclasses.fields(p)]}
-            for name, p in PASSES.items()
+            name: {"summary": p.summary, "source": p.source, "keys": list(keys(p))} for name, p in PASSES.items()
         },
         "methods": {
             name: {
@@ -124,6 +124,17 @@ def catalogue() -> dict[str, Any]:
                 "options": dict(m.options),
             }
             for name, m in METHODS.items()
+        },
+        "inside": {
+            name: {
+                "title": m.title,
+                "summary": m.summary,
+                "source": m.source,
+                "usual": [list(rung) for rung in m.usual],
+                "options": dict(m.options),
+                "differs": m.differs,
+            }
+            for name, m in INSIDE.items()
         },
     }
 
@@ -140,6 +151,10 @@ def passes() -> str:
         options = ":".join(f"{key}={_option(value)}" for key, value in m["options"].items())
         behind = f"; options {options}" if options else ""
         lines.append(f"  {name:<16} {m['summary']}\n{'':19}{m['stage']}; {m['source']}{behind}")
+    lines.append("methods of prune-inside, and where tokens leave when no ladder is given: share from depth on")
+    for name, m in found["inside"].items():
+        ladder = ", ".join(f"{share:.2g} from {depth:.2g}" for depth, share in m["usual"])
+        lines.append(f"  {name:<16} {m['summary']}\n{'':19}{ladder}; {m['source']}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from ..errors import PassError
@@ -39,6 +39,11 @@ class Pass(ABC):
     def notes(self, a: Anatomy) -> list[str]:
         """What the user should know about this pass on this model."""
         return []
+
+
+def keys(kind: type[Pass]) -> tuple[str, ...]:
+    """What a recipe says of a pass: the fields that tell two of them apart."""
+    return tuple(f.name for f in fields(kind) if f.compare)
 
 
 PARTS = ("vision", "language")

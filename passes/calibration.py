@@ -16,9 +16,11 @@ from ..errors import PassError
 from ..prompt import Prompt, Prompter, open_image
 from ..surgery.load import Loaded, describe
 from ..surgery.talk import Talk, see_all
+from .lessons import Lesson
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _QUESTION = "Describe the image."
+MEASURED = 32  # prompts that statistics are taken from, at most
 _LINE = 'each line is {"image": …, "question": …, "answer": …}'
 
 
@@ -28,14 +30,17 @@ class Calibration:
 
     prompts: tuple[Prompt, ...]
     origin: str  # a folder, or how the images were made
+    lessons: tuple[Lesson, ...] = ()  # what the uncut model says to them, for a recipe that heals
+    progress: Callable[[str], None] = lambda _: None  # told by a pass that takes long how far it is
 
 
-def read_calibration(loaded: Loaded, folder: Path | None, limit: int = 32) -> Calibration:
+def read_calibration(loaded: Loaded, folder: Path | None, limit: int | None = MEASURED) -> Calibration:
     """Read calibration images, or make noise images when there is no folder.
 
     Args:
         folder: images, optionally with `questions.jsonl` whose lines have `image` and `question`. None looks for
             `calibration/` beside the weights and otherwise uses 8 seeded noise images, which the plan announces.
+        limit: the first so many; None takes all.
 
     Raises:
         PassError: a folder without images, or a corrupt image.
@@ -88,10 +93,10 @@ def observe(
     record: Callable[[int, Sequence[Any], Any], None],
     calibration: Calibration,
 ) -> None:
-    """Run the calibration prompts and call `record(index, inputs, output)` for each of `modules`."""
+    """Run the first calibration prompts and call `record(index, inputs, output)` for each of `modules`."""
     hooks = [m.register_forward_hook(lambda _, args, out, i=i: record(i, args, out)) for i, m in enumerate(modules)]
     try:
-        for prompt in calibration.prompts:
+        for prompt in calibration.prompts[:MEASURED]:
             shrunk, seen = see_all(model, prompt)
             Talk.read(model, [shrunk], [seen])
     finally:

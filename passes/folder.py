@@ -111,7 +111,11 @@ def save(loaded: Loaded, folder: Path, source_config: Any, recipe: Recipe) -> No
 
 
 def _apply(recipe: Recipe, model: Any, weights: Path) -> None:
-    """Apply a folder's recipe; a method's weights are read from the folder, whatever path the recipe keeps."""
+    """Apply a folder's recipe without its training, whose outcome is in the weights.
+
+    A method's weights are read from the folder, whatever path the recipe keeps.
+    """
+    recipe = recipe.unhealed()
     if not weights.is_file():
         recipe.apply(model, None)
         return

@@ -23,11 +23,13 @@ from typing import Any
 from ..errors import PassError, nearest
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import describe
-from .base import PARTS, Pass
+from .base import PARTS, Pass, keys
 from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
 from .drop_neurons import DropNeurons
+from .heal import Heal
+from .lessons import listen
 from .prune_inside import PruneInside
 from .prune_inside import from_flags as inside_from_flags
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
@@ -38,7 +40,8 @@ from .tokens.methods import METHODS
 from .trim_tower import TrimTower
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, PruneInside, SkipVisual, Quantize)
+    p.name: p
+    for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, PruneInside, SkipVisual, Heal, Quantize)
 }
 
 
@@ -50,9 +53,33 @@ class Recipe:
 
     def plan(self, a: Anatomy) -> Anatomy:
         """The anatomy this recipe will produce; refuses before anything is edited."""
+        self.check_order()
         for step in self.passes:
             a = step.plan(a)
         return a
+
+    def check_order(self) -> None:
+        """Refuse a training that nothing needs, that is made twice, or that a later cut would undo."""
+        places = [i for i, step in enumerate(self.passes) if isinstance(step, Heal)]
+        if not places:
+            return
+        if len(places) > 1:
+            raise PassError(f"{Heal.name}: {len(places)} of them", hint="heal once, after the last cut")
+        before, after = self.passes[: places[0]], self.passes[places[0] + 1 :]
+        if all(isinstance(step, TrimTower) for step in before):
+            raise PassError(f"{Heal.name}: no pass before it cuts anything", hint="put it after the cuts")
+        if late := [step.name for step in after if not isinstance(step, Quantize)]:
+            raise PassError(
+                f"{Heal.name}: `{late[0]}` comes after it", hint="put it after every cut; only quantize may follow"
+            )
+
+    @property
+    def heals(self) -> bool:
+        return any(isinstance(step, Heal) for step in self.passes)
+
+    def unhealed(self) -> Recipe:
+        """The same without its training."""
+        return Recipe(tuple(step for step in self.passes if not isinstance(step, Heal)))
 
     def keeping(self, keep: tuple[int, ...]) -> Recipe:
         """The same with so many tokens of an image of each bucket: one recipe serves several budgets."""
@@ -80,9 +107,19 @@ class Recipe:
 
         Returns:
             The resolved recipe: applying it again to the same weights needs no data and gives the same model.
+
+        Raises:
+            PassError: a pass cannot do what it should, or must look at data and there are none.
         """
         a = describe(model)
         self.plan(a)
+        if blind := [step.name for step in self.passes if step.needs_calibration and calibration is None]:
+            raise PassError(
+                f"{blind[0]}: there are no calibration prompts",
+                hint="give them; where a recipe heals, it makes the same model again only from the same ones",
+            )
+        if self.heals and calibration is not None:  # before anything is cut
+            calibration = dataclasses.replace(calibration, lessons=listen(model, calibration.prompts))
         done = []
         for step in self.passes:
             if step.needs_calibration:
@@ -99,7 +136,7 @@ class Recipe:
     def tables(self) -> list[dict[str, Any]]:
         """The recipe as plain data, one dict per pass, without keys that are unset."""
         return [
-            {"name": step.name} | {k: _plain(v) for k, v in dataclasses.asdict(step).items() if v is not None}
+            {"name": step.name} | {k: _plain(v) for k in keys(type(step)) if (v := getattr(step, k)) is not None}
             for step in self.passes
         ]
 
@@ -161,15 +198,17 @@ def from_flags(
     inside: str | None = None,
     ladder: Sequence[tuple[int, float]] = (),
     exit_layer: int | None = None,
+    heal: int | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
-    """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, quantization.
+    """The recipe that the command line's flags stand for: vision cuts, tokens, language cuts, training, quantization.
 
     Args:
         method: how tokens are chosen; `usual_method` for None.
         inside: how tokens leave inside the language model, at the layers of `ladder` or at the method's own.
         exit_layer: from which no visual token goes on; rungs from there on are left out of a method's own ladder.
+        heal: steps of training of the parts that are cut; the language model is one of them if it sees fewer tokens.
 
     Raises:
         PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
@@ -209,6 +248,11 @@ def from_flags(
     if inside is not None or ladder or exit_layer is not None:
         kept = a.language.layers - layers.get("language", 0)
         passes.append(inside_from_flags(inside, ladder, exit_layer, kept, a.language.levels))
+    if heal is not None:
+        touched = {
+            getattr(p, "part", "language") for p in passes
+        }  # of tokens that leave, the language model sees fewer
+        passes.append(Heal(steps=heal, parts=tuple(part for part in PARTS if part in touched) or PARTS))
     if quantize != "none":
         if quantize not in SCHEMES:
             raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))
@@ -224,7 +268,7 @@ def _build(table: Any, where: str) -> Pass:
         raise PassError(f"{where}: no pass `{name}`", hint=nearest(str(name), PASSES))
     kind = PASSES[name]
     types_ = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name in keys(kind)}
     values = {}
     for key, value in table.items():
         if key == "name":

@@ -32,19 +32,18 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
-def see_picture(model: Any, picture: Picture, change: Change = unchanged) -> Seen:
-    """One picture with as many tokens as its bucket keeps."""
+def see_picture(model: Any, picture: Picture, change: Change = unchanged, learn: bool = False) -> Seen:
+    """One picture with as many tokens as its bucket keeps; `learn` lets gradients through."""
     about = attached(model)
     pixels = change(torch.from_numpy(picture.pixel_values)).to(model.dtype)
     keep = about.keep(picture.bucket(about.buckets))
-    return see(model, pixels, prepare(model, picture.geometry), keep, read_question(model, picture.question))
+    with torch.set_grad_enabled(learn):
+        return see(model, pixels, prepare(model, picture.geometry), keep, read_question(model, picture.question))
 
 
-@torch.no_grad()
-def see_all(model: Any, prompt: Prompt) -> tuple[Prompt, list[Seen]]:
-    """The pictures of an unshrunk prompt, and the prompt shrunk to the kept tokens."""
-    seen = [see_picture(model, picture) for picture in prompt.pictures]
+def see_all(model: Any, prompt: Prompt, learn: bool = False) -> tuple[Prompt, list[Seen]]:
+    """The pictures of an unshrunk prompt, and the prompt shrunk to the kept tokens; `learn` lets gradients through."""
+    seen = [see_picture(model, picture, learn=learn) for picture in prompt.pictures]
     return prompt.shrink([s.kept.numpy() for s in seen]), seen
 
 
@@ -56,14 +55,29 @@ class Talk:
     logits: Tensor  # [B, V]
     cache: Any
     positions: Tensor  # int64 [B]: of the next token
+    hidden: Tensor  # [B, L, hidden]: last hidden states of the columns that were read last
     kept: tuple[Tensor, ...] = ()  # for each rung of the ladder, the columns that went on, int64 [B, S]
 
     @classmethod
-    @torch.no_grad()
     def read(
-        cls, model: Any, prompts: Sequence[Prompt], seen: Sequence[Sequence[Seen]], change: Change = unchanged
+        cls,
+        model: Any,
+        prompts: Sequence[Prompt],
+        seen: Sequence[Sequence[Seen]],
+        change: Change = unchanged,
+        learn: bool = False,
     ) -> Talk:
-        """Read shrunk prompts of one length, unpadded, with what their pictures became; `change` edits what enters."""
+        """Read shrunk prompts of one length, unpadded, with what their pictures became.
+
+        Args:
+            change: edits what enters the language model.
+            learn: let gradients through.
+        """
+        with torch.set_grad_enabled(learn):
+            return cls._read(model, prompts, seen, change)
+
+    @classmethod
+    def _read(cls, model: Any, prompts: Sequence[Prompt], seen: Sequence[Sequence[Seen]], change: Change) -> Talk:
         parts = locate(model)
         ids, index = (torch.from_numpy(np.concatenate([getattr(p, n) for p in prompts])) for n in _COLUMNS)
         family, place = attached(model).family, index >= 0
@@ -87,7 +101,7 @@ class Talk:
             levels = zip(*(s.levels for s in pictures), strict=True)
             extra |= {"visual_pos_masks": place, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
         after = torch.tensor([p.next_position for p in prompts])
-        talk = cls(model, torch.empty(0), cache, after)
+        talk = cls(model, torch.empty(0), cache, after, torch.empty(0))
         if attached(model).inside is None and attached(model).idle == Idle():
             return talk._run(x, position_ids, extra)
         with passing(model, _passage(model, x, prompts, place, blocks)) as passage:
@@ -101,7 +115,7 @@ class Talk:
         x = change(family.embed(self.model, ids))
         axes = family.layout(self.model.config).axes
         position_ids = self.positions[:, None] if axes == 1 else self.positions[None, :, None].expand(axes, -1, 1)
-        after = Talk(self.model, self.logits, self.cache, self.positions + 1)
+        after = Talk(self.model, self.logits, self.cache, self.positions + 1, self.hidden)
         return after._run(x, position_ids, family.beside(self.model, ids, torch.zeros_like(ids, dtype=torch.bool)))
 
     def _run(self, x: Tensor, position_ids: Tensor, extra: dict[str, Any]) -> Talk:
@@ -110,7 +124,7 @@ class Talk:
         )
         # One row, as in the graph: an int8 scale depends on every row it sees.
         logits = attached(self.model).family.logits(self.model, out.last_hidden_state[:, -1])
-        return Talk(self.model, logits, out.past_key_values, self.positions)
+        return Talk(self.model, logits, out.past_key_values, self.positions, out.last_hidden_state)
 
     def states(self) -> dict[str, Tensor]:
         """What is remembered of the first prompt: key_i, value_i [kv_heads, rows, head_dim], conv_i [channel, taps]."""
@@ -137,6 +151,12 @@ def _passage(model: Any, x: Tensor, prompts: Sequence[Prompt], visual: Tensor, b
 
 
 _COLUMNS = ("input_ids", "visual_index")
+
+
+def stop_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence ids of a model's generation config."""
+    value = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([value] if isinstance(value, int) else value or [])
 
 
 def greedy(talk: Talk, count: int, stop: frozenset[int] = frozenset()) -> list[list[int]]:
@@ -168,7 +188,8 @@ def _blocks(prefix: str, prompts: Sequence[Prompt]) -> Tensor | None:
     if prefix == "causal":
         return None
     index = np.concatenate([p.visual_index for p in prompts])
-    if prefix == "whole":
-        return torch.zeros(index.shape, dtype=torch.int64)
+    if prefix == "whole":  # but no answer
+        asked = index.shape[1] - np.array([[p.said] for p in prompts])
+        return torch.from_numpy(np.where(np.arange(index.shape[1]) < asked, 0, -1))
     blocks = [np.searchsorted(np.cumsum(p.counts), p.visual_index, side="right") for p in prompts]
     return torch.from_numpy(np.where(index < 0, -1, np.concatenate(blocks)))

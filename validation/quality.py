@@ -6,7 +6,6 @@ its eager model is a fault.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 from ..errors import VlmcutError
 from ..passes.calibration import read_questions
+from ..passes.lessons import alike, read
 from ..prompt import Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
-from ..surgery.talk import Talk, greedy, see_all
+from ..surgery.talk import greedy, see_all, stop_ids
 from ..surgery.vision import Seen
 
 ANSWER = 48  # tokens, at most
@@ -64,26 +64,15 @@ def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int
 def say(loaded: Loaded, looked: Sequence[tuple[Prompt, Sequence[Seen]]], new_tokens: int = ANSWER) -> list[str]:
     """Greedy answers to shrunk prompts, given what their pictures became.
 
-    Prompts of equal length make a batch: padding would move int8 scales.
+    Prompts of equal length and images make a batch: padding would move int8 scales.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, (prompt, _) in enumerate(looked):
-        by_length[prompt.length].append(index)
     answers = [""] * len(looked)
     stop = stop_ids(loaded.model)
-    for indices in by_length.values():
-        for start in range(0, len(indices), _BATCH):
-            batch = indices[start : start + _BATCH]
-            talk = Talk.read(loaded.model, [looked[i][0] for i in batch], [looked[i][1] for i in batch])
-            for index, ids in zip(batch, greedy(talk, new_tokens, stop), strict=True):
-                answers[index] = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    for batch in alike([prompt for prompt, _ in looked], _BATCH):
+        talk = read(loaded.model, [looked[i] for i in batch])
+        for index, ids in zip(batch, greedy(talk, new_tokens, stop), strict=True):
+            answers[index] = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return answers
-
-
-def stop_ids(model: Any) -> frozenset[int]:
-    """End-of-sequence ids of a model's generation config."""
-    value = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset([value] if isinstance(value, int) else value or [])
 
 
 def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:

@@ -77,6 +77,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
     "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
     "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
+    "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
@@ -87,6 +88,7 @@ REAL: dict[str, dict[str, Maker]] = {
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
     "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
     "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
+    "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.
