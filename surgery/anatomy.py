@@ -12,6 +12,8 @@ from typing import Any
 
 from ..manifest import Bucket, Layout
 
+Pinned = tuple[tuple[int, str], ...]  # layers that cannot be dropped, ascending, and why
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
@@ -26,9 +28,10 @@ class Tower:
     patch_size: int  # pixels, square
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
-    fixed: str | None = None  # why its layers cannot be dropped
+    pinned: Pinned = ()
     rigid: str | None = None  # why tokens cannot merge or leave between its blocks
     solid: str | None = None  # why no neuron can leave its MLPs
+    bound: str | None = None  # why no head can leave its attention
 
     @property
     def layers(self) -> int:
@@ -48,7 +51,9 @@ class Language:
     vocabulary: int
     tied: bool  # the input embedding is the output projection
     max_positions: int
+    pinned: Pinned = ()
     solid: str | None = None  # why no neuron can leave its MLPs
+    bound: str | None = None  # why no head can leave its attention
 
     @property
     def layers(self) -> int:
