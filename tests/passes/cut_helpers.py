@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, see_all
 from vlmcut.surgery.tiny import weights
 
-MUST = (
+MUST: Sequence[str] = (
     "llava llava-siglip-qwen2 llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm idefics3 "
     "paligemma gemma3 mistral3 pixtral lfm2_vl"
 ).split()
