@@ -230,10 +230,10 @@ class Standard:
     def _fused(q: Tensor) -> bool:
         """Whether TensorRT has a kernel for this attention; found by building it with TensorRT-RTX 1.7.1.
 
-        None for float32, for head_dim outside 32 to 256, and for one query row with fewer than four heads.
+        None for float32, for head_dim outside 32 to 256, for one head, and for one query row with fewer than four.
         """
         _, heads, rows, head_dim = q.shape
-        return q.dtype == torch.float16 and 32 <= head_dim <= 256 and (rows > 1 or heads >= 4)
+        return q.dtype == torch.float16 and 32 <= head_dim <= 256 and heads >= (2 if rows > 1 else 4)
 
 
 Operators = Contrib | Standard
