@@ -37,9 +37,8 @@ from vlmcut.passes import folder, recipe
 from vlmcut.prompt import Prompt, Prompter
 from vlmcut.surgery.load import Loaded, describe
 from vlmcut.surgery.selection import attached
-from vlmcut.surgery.talk import Talk, greedy, see_all
+from vlmcut.surgery.talk import Talk, greedy, see_all, stop_ids
 from vlmcut.surgery.vision import Seen
-from vlmcut.validation.quality import stop_ids
 
 TOKENS = 16
 TOLERANCE = 1e-4  # of logits, absolute, float32

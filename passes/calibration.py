@@ -18,6 +18,7 @@ from ..surgery.load import Loaded, describe
 from ..surgery.talk import Talk, see_all
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LIMIT = 32  # prompts that are read, the first ones
 _QUESTION = "Describe the image."
 _LINE = 'each line is {"image": …, "question": …, "answer": …}'
 
@@ -30,7 +31,7 @@ class Calibration:
     origin: str  # a folder, or how the images were made
 
 
-def read_calibration(loaded: Loaded, folder: Path | None, limit: int = 32) -> Calibration:
+def read_calibration(loaded: Loaded, folder: Path | None, limit: int = LIMIT) -> Calibration:
     """Read calibration images, or make noise images when there is no folder.
 
     Args:

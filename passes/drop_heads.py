@@ -24,8 +24,8 @@ from ..surgery.cuts import take_heads, take_kv_groups
 from ..surgery.load import locate
 from ..surgery.structure import find_attention, output_name
 from .base import Pass, check_part, rounding
-from .calibration import Calibration, observe
-from .importance import PROMPTS, RANKINGS, Answers, best_of_all, best_of_each, over_mean, spread, without_columns
+from .calibration import LIMIT, Calibration, observe
+from .importance import RANKINGS, Answers, best_of_all, best_of_each, over_mean, spread, without_columns
 
 IMPORTANCES = ("activation", "loss")
 
@@ -57,7 +57,7 @@ class DropHeads(Pass):
     fraction: float  # of the heads removed, 0 <= fraction < 1; rounded to whole heads
     keep: tuple[tuple[int, ...], ...] | None = None  # kept heads per layer; measured when absent
     ranking: str = "layer"  # layer: every layer loses the same fraction; global: layers are ranked together
-    importance: str = "activation"  # how it is measured: activation, or loss, one forward pass per head and prompt
+    importance: str = "activation"  # how it is measured: activation, or loss, one answer per head and prompt
 
     def _heads(self, a: Anatomy) -> tuple[int, ...]:
         return a.tower.heads if self.part == "vision" else a.language.kv_heads
@@ -142,8 +142,8 @@ class DropHeads(Pass):
                 found.append(f"{self.part}: which layer loses how many is measured; the plan spreads them evenly")
         if self.importance == "loss" and self.keep is None:
             found.append(
-                f"{self.part}: each of {sum(heads)} {self._kind} is left out once: {sum(heads) + 1} forward passes for "
-                f"each of the first {PROMPTS} calibration prompts"
+                f"{self.part}: each of {sum(heads)} {self._kind} is left out once: {sum(heads) + 1} answers to "
+                f"each calibration prompt ({LIMIT} at most)"
             )
         return found
 

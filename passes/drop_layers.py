@@ -24,8 +24,8 @@ from ..surgery.cuts import count_layers, take_layers
 from ..surgery.load import locate
 from ..surgery.numbered import follow
 from .base import Pass, check_part
-from .calibration import Calibration, observe
-from .importance import PROMPTS, Answers, without_layer
+from .calibration import LIMIT, Calibration, observe
+from .importance import Answers, without_layer
 
 IMPORTANCES = ("influence", "loss")
 
@@ -116,7 +116,7 @@ class DropLayers(Pass):
         passes = 1 + sum(candidates - gone for gone in range(self.count))
         return [
             f"{self.part}: {self.count} of {candidates} layers leave one after the other, each time the one that is "
-            f"missed least: {passes} forward passes for each of the first {PROMPTS} calibration prompts"
+            f"missed least: {passes} answers to each calibration prompt ({LIMIT} at most)"
         ]
 
     @property

@@ -1,8 +1,8 @@
 """What a head, a layer or a neuron is worth, and which of them stay.
 
 Two ways to measure. From activations: what a part adds, where it adds it. From the answers, `loss`: the part is
-switched off, the model reads the calibration prompts again, and how far its next-token distributions moved is what it
-is worth. No training, no gradients, no labels.
+switched off, the model answers the calibration prompts again, and how far its next-token distributions moved is what
+it is worth. No training, no gradients, no labels.
 
 Source: vlmcut; leaving one out is Michel et al., arXiv:1905.10650, section 3.2. We differ: they count what the metric
 of a labelled task loses, we measure the divergence from the uncut model.
@@ -14,18 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..prompt import Prompt
-from ..surgery.load import locate
-from ..surgery.selection import attached
-from ..surgery.talk import Talk, see_all
-from ..surgery.vision import Seen
+from ..surgery.talk import Talk, greedy, see_all, stop_ids
 from .calibration import Calibration
 
-PROMPTS = 8  # of the calibration prompts are read for each part that is switched off: the first ones
+TOKENS = 8  # of each answer, at most
 RANKINGS = ("layer", "global")
 
 
@@ -67,21 +62,23 @@ def _order(importance: Tensor) -> list[int]:
 
 
 class Answers:
-    """What a model says to the first `PROMPTS` calibration prompts, and how far a change of the model moves it.
+    """What a model says to the calibration prompts, and how far a change of the model moves it.
 
-    Compared are the next-token distributions of every column from the last visual token on: all that have seen the
-    whole picture. One forward pass per prompt; the tower runs again only if it is what changes.
+    Compared are the next-token distributions after the prompt and after each token of the answer that the model gave as
+    it was: greedy, `TOKENS` at most, fed whatever the changed model would say. The tower runs again only if it changes.
     """
 
     def __init__(self, model: Any, part: str, calibration: Calibration) -> None:
         """Ask the model as it is. `part` is the one that will change: vision or language."""
         self._model = model
-        self._prompts = calibration.prompts[:PROMPTS]
-        self._seen = None if part == "vision" else [see_all(model, prompt) for prompt in self._prompts]
+        self._prompts = calibration.prompts
+        seen = [see_all(model, prompt) for prompt in self._prompts]
+        self._said = [greedy(Talk.read(model, [p], [s]), TOKENS, stop_ids(model))[0] for p, s in seen]
+        self._seen = None if part == "vision" else seen
         self._before = list(self._ask())
 
     def moved(self) -> float:
-        """Mean KL divergence in nats of what the model says now from what it said: over columns, then prompts."""
+        """Mean KL divergence in nats of what the model says now from what it said: over tokens, then prompts."""
         found = [
             float((before.exp() * (before - now)).sum(dim=-1).mean())
             for before, now in zip(self._before, self._ask(), strict=True)
@@ -89,23 +86,15 @@ class Answers:
         return sum(found) / len(found)
 
     def _ask(self) -> Iterator[Tensor]:
-        for index, prompt in enumerate(self._prompts):
-            yield _distributions(
-                self._model, *(see_all(self._model, prompt) if self._seen is None else self._seen[index])
-            )
-
-
-@torch.no_grad()
-def _distributions(model: Any, prompt: Prompt, seen: list[Seen]) -> Tensor:
-    """Log-probabilities of the next token from the last visual token on, float64 [columns, V]."""
-    hidden: list[Tensor] = []
-    hook = locate(model).language.register_forward_hook(lambda _, args, out: hidden.append(out.last_hidden_state))
-    try:
-        Talk.read(model, [prompt], [seen])
-    finally:
-        hook.remove()
-    first = int(np.flatnonzero(prompt.visual_index[0] >= 0)[-1])
-    return attached(model).family.logits(model, hidden[0][0, first:]).double().log_softmax(dim=-1)
+        """For each prompt, log-probabilities of the next token, float64 [1 + tokens, V]."""
+        for index, (prompt, said) in enumerate(zip(self._prompts, self._said, strict=True)):
+            shrunk, seen = see_all(self._model, prompt) if self._seen is None else self._seen[index]
+            talk = Talk.read(self._model, [shrunk], [seen])
+            rows = [talk.logits[0]]
+            for token in said:
+                talk = talk.say(torch.tensor([token]))
+                rows.append(talk.logits[0])
+            yield torch.stack(rows).double().log_softmax(dim=-1)
 
 
 @contextmanager

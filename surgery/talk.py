@@ -134,6 +134,12 @@ def greedy(talk: Talk, count: int, stop: frozenset[int] = frozenset()) -> list[l
     return said
 
 
+def stop_ids(model: Any) -> frozenset[int]:
+    """End-of-sequence ids of a model's generation config."""
+    value = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset([value] if isinstance(value, int) else value or [])
+
+
 def _cache(config: Any) -> Any:
     """A cache that forgets nothing: a sliding layer keeps all its rows, as in the graphs, and masks the old ones."""
     cache = DynamicCache(config=config)

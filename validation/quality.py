@@ -17,7 +17,7 @@ from ..passes.calibration import read_questions
 from ..prompt import Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
-from ..surgery.talk import Talk, greedy, see_all
+from ..surgery.talk import Talk, greedy, see_all, stop_ids
 from ..surgery.vision import Seen
 
 ANSWER = 48  # tokens, at most
@@ -78,12 +78,6 @@ def say(loaded: Loaded, looked: Sequence[tuple[Prompt, Sequence[Seen]]], new_tok
             for index, ids in zip(batch, greedy(talk, new_tokens, stop), strict=True):
                 answers[index] = loaded.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return answers
-
-
-def stop_ids(model: Any) -> frozenset[int]:
-    """End-of-sequence ids of a model's generation config."""
-    value = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset([value] if isinstance(value, int) else value or [])
 
 
 def bundle_answers(bundle: Bundle, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:

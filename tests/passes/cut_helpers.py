@@ -71,3 +71,35 @@ def saved_and_loaded(loaded: Loaded, source_config: Any, done: Recipe, out: Path
     again = vlmcut.load(out)
     assert describe(again.model) == describe(loaded.model)
     return again
+
+
+def answered(loaded: Loaded, said: list[torch.Tensor] | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """transformers' own model on the calibration prompts of noise, and nothing of `Talk`.
+
+    Returns:
+        For each prompt log-probabilities of the next token after it and after each of `said`, float64 [1 + tokens, V],
+        and what was said: 8 greedy tokens of `generate`, up to its stop token, unless given.
+    """
+    found, answers = [], []
+    for i, prompt in enumerate(read_calibration(loaded, None).prompts):
+        (picture,) = prompt.pictures
+        ids, pixels = torch.from_numpy(prompt.input_ids), torch.from_numpy(picture.pixel_values)
+        if said is None:
+            made = loaded.model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=8, do_sample=False)
+            new = made[0, ids.shape[1] :]
+            answers.append(new[new != loaded.model.generation_config.eos_token_id])
+        else:
+            answers.append(said[i])
+        with torch.no_grad():
+            logits = loaded.model(input_ids=torch.cat([ids, answers[-1][None]], dim=1), pixel_values=pixels).logits
+        found.append(logits[0, ids.shape[1] - 1 :].double().log_softmax(dim=-1))
+    return found, answers
+
+
+def divergence(before: list[torch.Tensor], now: list[torch.Tensor]) -> float:
+    """Mean KL divergence in nats: over tokens, then prompts."""
+    each = [
+        torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / len(p)
+        for p, q in zip(before, now, strict=True)
+    ]
+    return float(sum(each)) / len(each)

@@ -264,7 +264,7 @@ def test_notes_name_the_substitute_and_the_rounding(tiny) -> None:
     different, even = DropHeads(part="language", fraction=1 / 3, ranking="global").notes(cls)
     assert "only vlmcut.load reads back" in different and "spreads them evenly" in even
     (note,) = DropLayers(part="language", count=2, importance="loss").notes(cls)
-    assert "2 of 3 layers leave one after the other" in note and "6 forward passes" in note  # 1 + 3 + 2
+    assert "2 of 3 layers leave one after the other" in note and "6 answers to each" in note  # 1 + 3 + 2
     assert DropLayers(part="language", count=2).notes(cls) == []
     different, even = DropNeurons(part="language", fraction=0.25, ranking="global").notes(cls)
     assert "only vlmcut.load reads back" in different and "spreads them evenly" in even

@@ -30,7 +30,7 @@ from vlmcut.surgery.load import Loaded, attach, describe
 from vlmcut.surgery.numbered import follow, pinned_tower
 from vlmcut.surgery.selection import attached
 
-from .cut_helpers import MUST, cut, layers_of, read, saved_and_loaded
+from .cut_helpers import MUST, answered, cut, divergence, layers_of, read, saved_and_loaded
 
 FEEDS = "the projector reads its output"
 SCORES = "no later layer can score tokens by attention"
@@ -204,26 +204,12 @@ def test_every_hidden_state_that_is_read_is_pinned() -> None:
     assert tower.pinned == tuple((i, FEEDS) for i in range(4)) == tuple((i, FEEDS) for i in range(tower.layers))
 
 
-def answers_of(loaded: Loaded) -> list[torch.Tensor]:
-    """Log-probabilities from the last visual token on, by transformers' own forward; float64."""
-    found = []
-    for prompt in read_calibration(loaded, None).prompts:
-        (picture,) = prompt.pictures
-        with torch.no_grad():
-            logits = loaded.model(
-                input_ids=torch.from_numpy(prompt.input_ids), pixel_values=torch.from_numpy(picture.pixel_values)
-            ).logits[0]
-        last = int(torch.from_numpy(prompt.visual_index[0] >= 0).nonzero().max())
-        found.append(logits[last:].double().log_softmax(dim=-1))
-    return found
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_the_loss_takes_one_after_the_other(part: str, kind: str, tiny) -> None:
     """Each time the layer without which a cut model, run by transformers, is nearest to the original."""
     loaded = tiny(kind)
     cut(loaded)
-    before = answers_of(loaded)
+    before, said = answered(loaded)
     a, gone = describe(loaded.model), []
     count = len(free(a, part))
     candidates = range(a.tower.layers - 1 if part == "vision" else a.language.layers)
@@ -232,11 +218,8 @@ def test_the_loss_takes_one_after_the_other(part: str, kind: str, tiny) -> None:
         for i in (i for i in candidates if i not in gone):
             one = tiny(kind)
             cut(one, DropLayers(part=part, count=len(gone) + 1, drop=tuple(sorted([*gone, i]))))
-            pairs = zip(before, answers_of(one), strict=True)
-            losses[i] = sum(
-                torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / len(p) for p, q in pairs
-            )
-        gone.append(min(losses, key=lambda i: float(losses[i])))
+            losses[i] = divergence(before, answered(one, said)[0])
+        gone.append(min(losses, key=lambda i: losses[i]))
     step = DropLayers(part=part, count=count, importance="loss")
     data = read_calibration(loaded, None)
     assert step.resolve(loaded.model, a, data).drop == tuple(sorted(gone))
