@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +27,23 @@ def plan(model: str, planned: Plan) -> str:
     lines = [
         f"model    {model}: {a.family}, {a.tower.kind} + {a.language.kind}",
         f"tower    {_change(a.tower.layers, b.tower.layers)} layers, "
-        f"{_change(max(a.tower.heads, default=0), max(b.tower.heads, default=0))} heads, "
+        f"{_change(_span(a.tower.heads), _span(b.tower.heads))} heads, "
         f"{_change(_span(a.tower.intermediate), _span(b.tower.intermediate))} neurons, hidden {a.tower.hidden}, "
         f"patches of {a.tower.patch_size} px",
         f"language {_change(a.language.layers, b.language.layers)} layers, "
-        f"{_change(max(a.language.heads), max(b.language.heads))} heads in "
-        f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, "
+        f"{_change(_span(a.language.heads), _span(b.language.heads))} heads in "
+        f"{_change(_span(a.language.kv_heads), _span(b.language.kv_heads))} KV groups, "
         f"{_change(_span(a.language.intermediate), _span(b.language.intermediate))} neurons, "
         f"hidden {a.language.hidden}",
         f"tokens   {sizes} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]
+    if b.ladder:
+        steps = ", ".join(f"{'/'.join(str(r.stay(k)) for k in b.keep)} from layer {r.layer}" for r in b.ladder)
+        lines.insert(-1, f"inside   {steps}, by {b.inside}")
+    for what, layers in dataclasses.asdict(b.idle).items():
+        if layers:
+            lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
     for budget in planned.budgets:
         lines.append(
             f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "
@@ -180,6 +187,6 @@ def _change(before: int | str, after: int | str) -> str:
 
 
 def _span(widths: tuple[int, ...]) -> str:
-    """One number where all layers have it, else the least and the most."""
-    least, most = min(widths, default=0), max(widths, default=0)
+    """One number where all layers that have some have it, else the least and the most."""
+    least, most = min((w for w in widths if w), default=0), max(widths, default=0)
     return str(most) if least == most else f"{least} to {most}"

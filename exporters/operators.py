@@ -253,10 +253,10 @@ class Standard:
     def _fused(q: Tensor) -> bool:
         """Whether TensorRT has a kernel for this attention; found by building it with TensorRT-RTX 1.7.1.
 
-        None for float32, for head_dim outside 32 to 256, and for one query row with fewer than four heads.
+        None for float32, for head_dim outside 32 to 256, for one head, and for one query row with fewer than four.
         """
         _, heads, rows, head_dim = q.shape
-        return Standard.causal(q.dtype, head_dim) and (rows > 1 or heads >= 4)
+        return Standard.causal(q.dtype, head_dim) and heads >= (2 if rows > 1 else 4)
 
 
 Operators = Contrib | Standard

@@ -1,24 +1,33 @@
-"""Drop whole transformer layers that change their input least.
+"""Drop whole transformer layers that change their input, or the model's answers, least.
 
 Source: ShortGPT, arXiv:2403.03853, section 3 (block influence, 1 - cosine of a layer's input and output, mean over
-tokens). We differ: used for the vision tower too, where the layer that feeds the projector is never dropped.
+tokens). We differ: used for the vision tower too. `loss` leaves out one layer after the other instead: each time the
+one without which the answers move least, measured anew with those that are gone.
+
+Layers that something names by number stay: the one that feeds the projector, the last that can score tokens, and on
+either side of DeepStack those whose output is taken or added to. Numbers of the others follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import PassError
-from ..surgery.anatomy import Anatomy, Idle
+from ..errors import PassError, nearest
+from ..surgery.anatomy import Anatomy, Idle, Pinned
 from ..surgery.cuts import count_layers, take_layers
 from ..surgery.load import locate
+from ..surgery.numbered import follow
 from .base import Pass, check_part
-from .calibration import Calibration, observe
+from .calibration import MEASURED, Calibration, observe
+from .importance import Answers, without_layer
+
+IMPORTANCES = ("influence", "loss")
 
 
 def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -28,7 +37,7 @@ def block_influence(inputs: Tensor, outputs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DropLayers(Pass):
-    """Drop `count` layers of one part, those of least influence on the calibration images, or `drop` by index."""
+    """Drop `count` layers of one part, those of least importance on the calibration images, or `drop` by index."""
 
     name: ClassVar[str] = "drop-layers"
     summary: ClassVar[str] = "drop the layers that change their input least (block influence)"
@@ -37,18 +46,25 @@ class DropLayers(Pass):
     part: str  # vision or language
     count: int
     drop: tuple[int, ...] | None = None  # layer indices; measured when absent
+    importance: str = "influence"  # how it is measured: influence, or loss, one after the other
 
     def _layers(self, a: Anatomy) -> int:
         return a.tower.layers if self.part == "vision" else a.language.layers
 
-    def _candidates(self, a: Anatomy) -> range:
-        # The last tower layer feeds the projector and is the one whose attention scores tokens.
-        return range(self._layers(a) - (self.part == "vision"))
+    def _pinned(self, a: Anatomy) -> Pinned:
+        return (a.tower if self.part == "vision" else a.language).pinned
+
+    def _candidates(self, a: Anatomy) -> list[int]:
+        stay = {layer for layer, _ in self._pinned(a)}
+        end = a.tower.feature_layer if self.part == "vision" else a.language.layers
+        return [i for i in range(end) if i not in stay]
 
     def plan(self, a: Anatomy) -> Anatomy:
         check_part(self.name, self.part)
-        if self.part == "vision" and a.tower.fixed:
-            raise PassError(f"{self.name}: vision layers of `{a.family}` cannot go: {a.tower.fixed}", hint="drop heads")
+        if self.importance not in IMPORTANCES:
+            raise PassError(
+                f"{self.name}: no importance `{self.importance}`", hint=nearest(self.importance, IMPORTANCES)
+            )
         if self.part == "vision" and a.method is not None:  # which may name blocks, or leave from them
             raise PassError(
                 f"{self.name}: `{a.method}` counts on the {a.tower.layers} blocks that the tower has",
@@ -64,20 +80,27 @@ class DropLayers(Pass):
                 f"{self.name}: visual tokens skip work in layers that are named by number",
                 hint="put drop-layers before skip-visual",
             )
-        layers, most = self._layers(a), len(self._candidates(a)) - (self.part == "language")
+        layers, candidates = self._layers(a), self._candidates(a)
+        most = max(min(len(candidates), layers - 1), 0)
         if not 1 <= self.count <= most:
             raise PassError(
                 f"{self.name}: count={self.count}, but {self.part} has {layers} layers of which {most} can go",
                 hint=f"choose 1 to {most}" if most else "this part cannot lose a layer",
             )
-        drop = self.drop if self.drop is not None else tuple(range(self.count))  # counts are what matters here
-        if len(set(drop)) != self.count or not set(drop) <= set(self._candidates(a)):
+        drop = self.drop if self.drop is not None else tuple(candidates[: self.count])  # counts are what matters here
+        for layer, why in self._pinned(a):
+            if layer in drop:
+                raise PassError(
+                    f"{self.name}: drop={list(drop)} names {self.part} layer {layer}, which must stay: {why}",
+                    hint=f"choose from {candidates}",
+                )
+        if len(set(drop)) != self.count or not set(drop) <= set(candidates):
             raise PassError(
-                f"{self.name}: drop={list(drop)} must be {self.count} different layers of 0 to "
-                f"{len(self._candidates(a)) - 1}",
+                f"{self.name}: drop={list(drop)} must be {self.count} different layers of {candidates}",
                 hint="leave `drop` out to have it measured",
             )
         keep = [i for i in range(layers) if i not in drop]
+        pinned = tuple((keep.index(layer), why) for layer, why in self._pinned(a))
         if self.part == "vision":
             tower = replace(
                 a.tower,
@@ -85,6 +108,7 @@ class DropLayers(Pass):
                 intermediate=tuple(a.tower.intermediate[i] for i in keep),
                 windowed=tuple(a.tower.windowed[i] for i in keep),
                 feature_layer=a.tower.feature_layer - self.count,
+                pinned=pinned,
             )
             return replace(a, tower=tower, scored=tuple(i for i, old in enumerate(keep) if old in a.scored))
         language = replace(
@@ -95,8 +119,19 @@ class DropLayers(Pass):
             others=tuple(a.language.others[i] for i in keep),
             windows=tuple(a.language.windows[i] for i in keep),
             masked=tuple(a.language.masked[i] for i in keep),
+            pinned=pinned,
         )
         return replace(a, language=language)
+
+    def notes(self, a: Anatomy) -> list[str]:
+        if self.importance != "loss" or self.drop is not None:
+            return []
+        candidates = len(self._candidates(a))
+        passes = 1 + sum(candidates - gone for gone in range(self.count))
+        return [
+            f"{self.part}: {self.count} of {candidates} layers leave one after the other, each time the one that is "
+            f"missed least: {passes} answers to each calibration prompt ({MEASURED} at most)"
+        ]
 
     @property
     def needs_calibration(self) -> bool:
@@ -107,29 +142,41 @@ class DropLayers(Pass):
             return self
         parts = locate(model)
         layers: Any = parts.tower_layers if self.part == "vision" else parts.language_layers
+        measure = self._by_loss if self.importance == "loss" else self._by_influence
+        return replace(self, drop=tuple(sorted(measure(model, layers, self._candidates(a), calibration))))
+
+    def _by_influence(self, model: Any, layers: Any, candidates: list[int], calibration: Calibration) -> list[int]:
         influence = torch.zeros(len(layers), dtype=torch.float64)
 
         def record(index: int, args: Sequence[Any], output: Any) -> None:
             influence[index] += block_influence(args[0], output[0] if isinstance(output, tuple) else output)
 
         observe(model, layers, record, calibration)
-        order = sorted(self._candidates(a), key=lambda i: (float(influence[i]), i))
-        return replace(self, drop=tuple(sorted(order[: self.count])))
+        return sorted(candidates, key=lambda i: (float(influence[i]), i))[: self.count]
+
+    def _by_loss(self, model: Any, layers: Any, candidates: list[int], calibration: Calibration) -> list[int]:
+        answers = Answers(model, self.part, calibration)
+        gone: list[int] = []
+        with ExitStack() as stack:
+            for _ in range(self.count):
+                losses = []
+                for i in (i for i in candidates if i not in gone):
+                    with without_layer(layers[i]):
+                        losses.append((answers.moved(), i))
+                gone.append(min(losses)[1])
+                stack.enter_context(without_layer(layers[gone[-1]]))
+        return gone
 
     def apply(self, model: Any, a: Anatomy) -> None:
         assert self.drop is not None
-        parts = locate(model)
-        if self.part == "vision":
-            assert parts.tower_stack is not None
-            keep = [i for i in range(a.tower.layers) if i not in self.drop]
-            parts.tower_stack.replace(take_layers(parts.tower_stack.modules, keep))
-            for config in (parts.tower.config, model.config.vision_config):
-                count_layers(config, len(keep))
-            return
-        keep = [i for i in range(a.language.layers) if i not in self.drop]
-        parts.language_stack.replace(take_layers(parts.language_stack.modules, keep))
-        for config in (parts.language.config, model.config.get_text_config()):
-            kinds = getattr(config, "layer_types", None)
-            if kinds and len(kinds) == a.language.layers:
-                config.layer_types = [kinds[i] for i in keep]
-            count_layers(config, len(keep))
+        parts, layers, vision = locate(model), self._layers(a), self.part == "vision"
+        stack = parts.tower_stack if vision else parts.language_stack
+        assert stack is not None  # plan counted its layers
+        keep = [i for i in range(layers) if i not in self.drop]
+        stack.replace(take_layers(stack.modules, keep))
+        module, config = (
+            (parts.tower, model.config.vision_config) if vision else (parts.language, model.config.get_text_config())
+        )
+        follow(model.config if vision else None, [module, module.config, config], layers, keep)
+        for one in (module.config, config):
+            count_layers(one, len(keep))

@@ -26,8 +26,7 @@ from ..surgery.load import locate
 from ..surgery.neurons import find_mlp
 from .base import Pass, check_part, rounding
 from .calibration import Calibration, observe
-
-RANKINGS = ("layer", "global")
+from .importance import RANKINGS, best_of_all, best_of_each, over_mean, spread
 
 
 def neuron_importance(magnitude: Tensor, weight: Tensor) -> Tensor:
@@ -41,30 +40,6 @@ def neuron_importance(magnitude: Tensor, weight: Tensor) -> Tensor:
         One number per neuron, float64 [neurons], in units of the residual stream.
     """
     return magnitude.double() * weight.double().norm(dim=0)
-
-
-def best_of_each(importance: Sequence[Tensor], counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """The `counts[i]` most important neurons of layer i, ascending; equal ones go to the lower index."""
-    return tuple(tuple(sorted(_order(one)[:n])) for one, n in zip(importance, counts, strict=True))
-
-
-def best_of_all(importance: Sequence[Tensor], count: int) -> tuple[tuple[int, ...], ...]:
-    """The `count` most important neurons of all layers together, per layer and ascending.
-
-    Layers are compared after division by their own mean; each keeps at least its best neuron.
-    """
-    keep: list[set[int]] = [{_order(one)[0]} for one in importance]
-    shares = [(one / one.mean() if one.mean() > 0 else one).tolist() for one in importance]
-    ranked = sorted((-share, layer, i) for layer, found in enumerate(shares) for i, share in enumerate(found))
-    rest = [(layer, i) for _, layer, i in ranked if i not in keep[layer]]
-    for layer, i in rest[: count - len(keep)]:
-        keep[layer].add(i)
-    return tuple(tuple(sorted(found)) for found in keep)
-
-
-def _order(importance: Tensor) -> list[int]:
-    values = importance.tolist()
-    return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +92,7 @@ class DropNeurons(Pass):
                     f"{len(neurons)} layers",
                     hint=f"choose at most {_most(total, len(neurons))}",
                 )
-            ends = [sum(neurons[: i + 1]) * count // total for i in range(len(neurons))]
-            return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+            return spread(count, neurons)
         left = tuple(n - round(n * self.fraction) for n in neurons)
         least = min(neurons)
         if min(left) < 1:
@@ -174,8 +148,9 @@ class DropNeurons(Pass):
             neuron_importance(s / n, linear.weight.detach()) for s, n, linear in zip(sums, rows, reads, strict=True)
         ]
         left = self._neurons(self.plan(a))
-        keep = best_of_all(importance, sum(left)) if self.ranking == "global" else best_of_each(importance, left)
-        return replace(self, keep=keep)
+        if self.ranking == "layer":
+            return replace(self, keep=best_of_each(importance, left))
+        return replace(self, keep=best_of_all(over_mean(importance), sum(left)))
 
     def apply(self, model: Any, a: Anatomy) -> None:
         assert self.keep is not None

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..manifest import Bucket, Layout, Rung
 
+Pinned = tuple[tuple[int, str], ...]  # layers that cannot be dropped, ascending, and why
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
@@ -28,9 +30,10 @@ class Tower:
     patch_size: int  # pixels, square
     has_cls: bool
     feature_layer: int  # layers that run before the features are taken; later ones are dead weight
-    fixed: str | None = None  # why its layers cannot be dropped
+    pinned: Pinned = ()
     rigid: str | None = None  # why tokens cannot merge or leave between its blocks
     solid: str | None = None  # why no neuron can leave its MLPs
+    bound: str | None = None  # why no head can leave its attention
 
     @property
     def layers(self) -> int:
@@ -54,10 +57,12 @@ class Language:
     vocabulary: int
     tied: bool  # the input embedding is the output projection
     max_positions: int
+    pinned: Pinned = ()
     solid: str | None = None  # why no neuron can leave its MLPs
     levels: int = 0  # DeepStack features, added behind the first so many layers
     window: int | None = None  # of its sliding layers, in columns; None if every layer sees all
     stiff: str | None = None  # why visual tokens cannot leave between its layers
+    bound: str | None = None  # why no head can leave its attention
 
     @property
     def layers(self) -> int:

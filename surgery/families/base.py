@@ -21,9 +21,11 @@ from transformers.masking_utils import create_masks_for_generate
 from ...errors import ModelError
 from ...manifest import Bucket, Layout, Panel
 from ..anatomy import Language, Tower
+from ..heads import bound
 from ..known import known
 from ..merging import rigid
 from ..neurons import find_mlp, solid
+from ..numbered import pinned_language, pinned_tower
 from ..structure import (
     Parts,
     find_attention,
@@ -69,7 +71,6 @@ class Family:
     logits_scaling = -1  # the power of a config's `logits_scaling` that logits are multiplied with; Granite's divides
     tower_mask = True  # whether a mask that the tower makes for one image says anything
     stiff: str | None = None  # why visual tokens cannot leave between language layers
-    fixed_tower: str | None = None  # why tower layers cannot be dropped: the config names some by number
     rigid: str | None = "its visual tokens are not the rows of its tower, one for one"  # so none can leave inside it
     also: frozenset[str] = frozenset()  # fields that the config's class sets without declaring them
     refused: ClassVar[Mapping[str, tuple[Any, str]]] = {}  # config field -> (the one value that works, why)
@@ -249,6 +250,7 @@ class Family:
         layers = parts.tower_layers
         attention = [find_attention(b) for b in layers]
         linears = mlp_linears(layers[0]) if layers else []
+        feature_layer = self.feature_layer(model.config, len(layers))
         return Tower(
             kind=getattr(vision, "model_type", "?"),
             hidden=linears[0].in_features if linears else 0,
@@ -260,10 +262,11 @@ class Family:
             windowed=self.windowed(model.config, len(layers)),
             patch_size=_patch_size(vision),
             has_cls=self.has_cls(model.config),
-            feature_layer=self.feature_layer(model.config, len(layers)),
-            fixed=self.fixed_tower,
+            feature_layer=feature_layer,
+            pinned=pinned_tower(model.config, parts.tower, len(layers), feature_layer, sorted(self.scored(model))),
             rigid=self.rigid or rigid(layers),
             solid=solid(layers),
+            bound=bound(layers),
         )
 
     def language(self, model: Any, parts: Parts) -> Language:
@@ -292,10 +295,12 @@ class Family:
             vocabulary=parts.head.out_features,
             tied=parts.head.weight is parts.language.get_input_embeddings().weight,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
+            pinned=pinned_language(self.levels(model.config)),
             solid=solid(parts.language_layers),
             levels=self.levels(model.config),
             window=_window(text),
             stiff=self.stiff or _stiff(attention),
+            bound=bound(parts.language_layers),
         )
 
 

@@ -9,4 +9,3 @@ class HyperClovaX(Family):
     """Granite, the other family with `logits_scaling`, divides by it."""
 
     logits_scaling = 1
-    fixed_tower = "`fullatt_block_indexes` names blocks by number"

@@ -34,8 +34,6 @@ class Qwen2VL(Family):
 class Qwen25VL(Qwen2VL):
     """Windows in most tower blocks; the blocks that see everything are named by number."""
 
-    fixed_tower = "`fullatt_block_indexes` names blocks by number"
-
     def scored(self, model: Any) -> dict[int, Any]:
         """Of the blocks that see the whole picture."""
         full = model.config.vision_config.fullatt_block_indexes
@@ -55,8 +53,6 @@ class Qwen25VL(Qwen2VL):
 
 class Qwen3VL(Qwen2VL):
     """DeepStack: features of some tower blocks are added behind the first language layers."""
-
-    fixed_tower = "`deepstack_visual_indexes` names blocks by number"
 
 
 def _windows(config: Any, geometry: Geometry) -> tuple[np.ndarray, np.ndarray]:

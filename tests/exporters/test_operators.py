@@ -83,6 +83,8 @@ def test_an_implementation_that_was_chosen_stays(tiny) -> None:
         (4, 1, 64, torch.float16, True),
         (3, 1, 64, torch.float16, False),  # one row needs four heads
         (3, 2, 64, torch.float16, True),
+        (2, 30, 64, torch.float16, True),
+        (1, 30, 64, torch.float16, False),  # nor is there one for a single head
         (6, 30, 16, torch.float16, False),
         (6, 30, 257, torch.float16, False),
         (6, 30, 64, torch.float32, False),

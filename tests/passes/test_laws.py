@@ -14,8 +14,9 @@ from vlmcut.errors import PassError
 from vlmcut.passes.base import Pass
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.drop_heads import DropHeads
-from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons
+from vlmcut.passes.drop_layers import IMPORTANCES, DropLayers
+from vlmcut.passes.drop_neurons import DropNeurons
+from vlmcut.passes.importance import RANKINGS
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, make
@@ -27,9 +28,14 @@ from vlmcut.surgery.load import Loaded, describe
 Maker = Callable[[Anatomy], Pass]
 
 
-def one_head(part: str) -> Maker:
+def one_head(part: str, ranking: str = "layer") -> Maker:
+    """One of each layer, or one of all."""
+
     def make(a: Anatomy) -> Pass:
-        return DropHeads(part=part, fraction=1 / (a.tower.heads[0] if part == "vision" else a.language.kv_heads[0]))
+        heads = a.tower.heads if part == "vision" else a.language.kv_heads
+        if ranking == "global":
+            return DropHeads(part=part, fraction=1 / sum(heads), ranking=ranking, importance="loss")
+        return DropHeads(part=part, fraction=1 / heads[0])
 
     return make
 
@@ -71,7 +77,11 @@ def some_tokens(method: str) -> Maker:
 # name of a pass -> (label, how to make it for an anatomy): settings that change nothing, settings that do.
 NEUTRAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {"again": lambda a: TrimTower()},  # every model here is trimmed first
-    "drop-heads": {p: lambda a, p=p: DropHeads(part=p, fraction=0.0) for p in ("vision", "language")},
+    "drop-heads": {
+        f"{p} {r}": lambda a, p=p, r=r: DropHeads(part=p, fraction=0.0, ranking=r)
+        for p in ("vision", "language")
+        for r in RANKINGS
+    },
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
@@ -82,17 +92,21 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
 }
 REAL: dict[str, dict[str, Maker]] = {
     "trim-tower": {},  # never changes a bit: test_trim_tower_is_exact
-    "drop-heads": {p: one_head(p) for p in ("vision", "language")},
+    "drop-heads": {f"{p} {r}": one_head(p, r) for p in ("vision", "language") for r in RANKINGS},
     "drop-neurons": neurons(0.3),
-    "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
+    "drop-layers": {
+        f"{p} {i}": lambda a, p=p, i=i: DropLayers(part=p, count=1, importance=i)
+        for p in ("vision", "language")
+        for i in IMPORTANCES
+    },
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
     "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
     "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
-# A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.
-NONE_TO_SPARE = ("llava-siglip-qwen2", REAL["drop-heads"]["language"])
+# A Qwen2 with a single KV head per layer cannot lose one; the only refusals that these models earn.
+NONE_TO_SPARE = [("llava-siglip-qwen2", REAL["drop-heads"][f"language {r}"]) for r in RANKINGS]
 
 
 def rows(table: dict[str, dict[str, Maker]]) -> list[object]:
@@ -131,8 +145,10 @@ def test_neutral_changes_no_bit(kind: str, maker: Maker, tiny, logits) -> None:
 def test_real_does_what_it_plans(kind: str, maker: Maker, tiny, logits) -> None:
     loaded = tiny(kind)
     before, full = logits(loaded), describe(loaded.model)
-    if (kind, maker) == NONE_TO_SPARE:
-        with pytest.raises(PassError, match=r"fraction=1.0 of the language heads"):
+    if (kind, maker) in NONE_TO_SPARE:
+        with pytest.raises(
+            PassError, match=r"fraction=1.0 of the language heads|leaves 1 of 2 language KV heads for 2"
+        ):
             maker(full).plan(full)
         return
     step, planned, found = cut(loaded, maker)
@@ -151,7 +167,7 @@ def test_parameters_leave(kind: str, maker: Maker, tiny) -> None:
     loaded = tiny(kind)
     make([]).apply(loaded.model, None)
     before = sum(p.numel() for p in loaded.model.parameters())
-    if (kind, maker) == NONE_TO_SPARE:
+    if (kind, maker) in NONE_TO_SPARE:
         return  # test_real_does_what_it_plans holds the refusal
     step, _, _ = cut(loaded, maker)
     after = sum(p.numel() for p in loaded.model.parameters())
@@ -179,7 +195,9 @@ def test_resolving_measures_once(kind: str, tiny) -> None:
     calibration = read_calibration(loaded, None)
     steps: list[Pass] = [
         DropLayers(part="language", count=1),
+        DropLayers(part="vision", count=2, importance="loss"),
         DropHeads(part="vision", fraction=1 / a.tower.heads[0]),
+        DropHeads(part="vision", fraction=1 / a.tower.heads[0], ranking="global", importance="loss"),
         DropNeurons(part="vision", fraction=0.3),
         DropNeurons(part="language", fraction=0.3, ranking="global"),
     ]
@@ -249,6 +267,11 @@ def test_notes_name_the_substitute_and_the_rounding(tiny) -> None:
     assert DropNeurons(part="vision", fraction=0.25).notes(cls) == []
     (note,) = DropNeurons(part="language", fraction=0.33).notes(cls)
     assert "0.33 of 80 neurons is 26.4" in note and "26 are removed" in note
+    different, even = DropHeads(part="language", fraction=1 / 3, ranking="global").notes(cls)
+    assert "only vlmcut.load reads back" in different and "spreads them evenly" in even
+    (note,) = DropLayers(part="language", count=2, importance="loss").notes(cls)
+    assert "2 of 3 layers leave one after the other" in note and "6 answers to each" in note  # 1 + 3 + 2
+    assert DropLayers(part="language", count=2).notes(cls) == []
     different, even = DropNeurons(part="language", fraction=0.25, ranking="global").notes(cls)
     assert "only vlmcut.load reads back" in different and "spreads them evenly" in even
     assert replace(cls, keep=(4,)).visual_tokens == 16

@@ -23,10 +23,11 @@ from vlmcut.passes.base import PARTS
 from vlmcut.passes.calibration import observe, read_calibration
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons, best_of_all, best_of_each, neuron_importance
+from vlmcut.passes.drop_neurons import DropNeurons, neuron_importance
+from vlmcut.passes.importance import RANKINGS, best_of_all, best_of_each, over_mean
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
-from vlmcut.passes.recipe import Recipe, make
+from vlmcut.passes.recipe import make
 from vlmcut.pipeline import Request
 from vlmcut.surgery import tiny as tiny_models
 from vlmcut.surgery.costs import costs
@@ -34,13 +35,9 @@ from vlmcut.surgery.families import family_of
 from vlmcut.surgery.load import Loaded, attach, describe, locate
 from vlmcut.surgery.neurons import Mlp, find_mlp, solid
 from vlmcut.surgery.selection import attached
-from vlmcut.surgery.talk import Talk, see_all
 
-MUST = (
-    "llava llava-siglip-qwen2 llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm idefics3 "
-    "paligemma gemma3 mistral3 pixtral lfm2_vl"
-).split()
-STEPS = 8
+from .cut_helpers import MUST, cut, read
+
 # float32: the same terms without the zeros, summed in another order; logits are of size 3. Measured on x86 with one
 # thread: at most 3.4e-6.
 ATOL = 2e-5
@@ -50,11 +47,6 @@ def mlps(model: Any, part: str) -> list[Mlp]:
     parts = locate(model)
     found = [find_mlp(block) for block in (parts.tower_layers if part == "vision" else parts.language_layers)]
     return [mlp for mlp in found if mlp is not None]
-
-
-def cut(loaded: Loaded, *steps: Any) -> Recipe:
-    recipe = make(list(steps))
-    return recipe.apply(loaded.model, read_calibration(loaded, None) if recipe.needs_calibration else None)
 
 
 @contextmanager
@@ -72,22 +64,10 @@ def masked(model: Any, part: str, keep: Sequence[Sequence[int]]) -> Iterator[Non
             hook.remove()
 
 
-def read(loaded: Loaded, prompt: Any, tokens: list[torch.Tensor] | None = None) -> tuple[torch.Tensor, Any]:
-    """Logits after the prompt and after each of 8 tokens, [1 + 8, V], and the tokens: greedy ones unless given."""
-    shrunk, seen = see_all(loaded.model, prompt)
-    talk = Talk.read(loaded.model, [shrunk], [seen])
-    rows, fed = [talk.logits[0]], []
-    for step in range(STEPS):
-        fed.append(talk.logits.argmax(dim=-1) if tokens is None else tokens[step])
-        talk = talk.say(fed[-1])
-        rows.append(talk.logits[0])
-    return torch.stack(rows), fed
-
-
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kind", MUST)
 def test_neurons_equal_masked_activations(kind: str, part: str, tiny, prompt) -> None:
-    """Gated MLPs and plain ones, with biases and without; prefill and 8 steps of decode."""
+    """Gated MLPs and plain ones, with biases and without; prefill and 16 steps of decode."""
     shorter, whole = tiny(kind), tiny(kind)
     ranking = RANKINGS[MUST.index(kind) % 2]
     done = cut(shorter, DropNeurons(part=part, fraction=0.3, ranking=ranking)).passes[1]
@@ -151,8 +131,8 @@ def test_importance_by_a_loop(part: str, tiny) -> None:
 def test_ties_go_to_the_lower_index() -> None:
     one = torch.tensor([2.0, 1.0, 2.0, 1.0, 1.0])
     assert best_of_each([one, one.flip(0)], [3, 1]) == ((0, 1, 2), (2,))
-    assert best_of_all([torch.ones(3), torch.ones(3)], 4) == ((0, 1, 2), (0,))
-    assert best_of_all([torch.zeros(3), torch.ones(3)], 4) == ((0,), (0, 1, 2))
+    assert best_of_all(over_mean([torch.ones(3), torch.ones(3)]), 4) == ((0, 1, 2), (0,))
+    assert best_of_all(over_mean([torch.zeros(3), torch.ones(3)]), 4) == ((0,), (0, 1, 2))
 
 
 @given(st.lists(st.lists(st.floats(0, 1e3), min_size=1, max_size=8), min_size=1, max_size=5), st.data())
@@ -160,7 +140,7 @@ def test_layers_are_ranked_together(layers: list[list[float]], data: st.DataObje
     """As many as asked, a best one of each layer, and no dropped one above a kept one that nothing protects."""
     importance = [torch.tensor(layer, dtype=torch.float64) for layer in layers]
     count = data.draw(st.integers(len(layers), sum(map(len, layers))))
-    keep = best_of_all(importance, count)
+    keep = best_of_all(over_mean(importance), count)
     assert sum(map(len, keep)) == count and all(kept == tuple(sorted(set(kept))) for kept in keep)
     shares = [one / one.mean() if one.mean() > 0 else one for one in importance]
     assert all(float(one[list(kept)].max()) == float(one.max()) for one, kept in zip(importance, keep, strict=True))

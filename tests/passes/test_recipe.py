@@ -221,10 +221,11 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (DropLayers(part="language", count=3), "count=3, but language has 3 layers of which 2 can go", "choose 1 to 2"),
     (
         DropLayers(part="vision", count=1, drop=(3,)),
-        "drop=[3] must be 1 different layers of 0 to 2",
-        "leave `drop` out",
+        "drop=[3] names vision layer 3, which must stay: the projector reads its output",
+        "choose from [0, 1, 2]",
     ),
-    (DropLayers(part="vision", count=2, drop=(1,)), "drop=[1] must be 2 different", "leave `drop` out"),
+    (DropLayers(part="vision", count=2, drop=(1,)), "drop=[1] must be 2 different layers of [0, 1, 2]", "leave `drop`"),
+    (DropLayers(part="vision", count=1, importance="los"), "no importance `los`", "did you mean `loss`?"),
     (DropLayers(part="vision", count=2, drop=(1, 1)), "drop=[1, 1] must be 2 different", "leave `drop` out"),
     (DropLayers(part="language", count=1, drop=(-1,)), "drop=[-1]", "leave `drop` out"),
     (DropHeads(part="audio", fraction=0.5), "part='audio'", "`vision` or `language`"),
@@ -236,6 +237,33 @@ REFUSALS: list[tuple[Pass, str, str]] = [
     (DropHeads(part="vision", fraction=0.5, keep=((0, 1),) * 4), "leaves [1, 1, 1, 1]", "leave `keep` out"),
     (DropHeads(part="vision", fraction=0.5, keep=((2,),) * 4), "of [2, 2, 2, 2]", "leave `keep` out"),
     (DropHeads(part="language", fraction=0.34, keep=((0, 0),) * 3), "keep lists [2, 2, 2] KV heads", "leave `keep`"),
+    (DropHeads(part="vision", fraction=0.5, ranking="globl"), "no ranking `globl`", "did you mean `global`?"),
+    (DropHeads(part="vision", fraction=0.5, importance="los"), "no importance `los`", "did you mean `loss`?"),
+    (
+        DropHeads(part="vision", fraction=0.6, ranking="global"),
+        "fraction=0.6 leaves 3 of 8 vision heads for 4 layers",
+        "choose at most 0.5",
+    ),
+    (
+        DropHeads(part="language", fraction=0.8, ranking="global"),
+        "fraction=0.8 leaves 2 of 9 language KV heads for 3 layers",
+        "choose at most 0.6666",
+    ),
+    (
+        DropHeads(part="language", fraction=4 / 9, keep=((0, 1, 2), (), (0, 1)), ranking="global"),
+        "keep lists [3, 0, 2] KV heads per layer",
+        "leave `keep` out",
+    ),
+    (
+        DropHeads(part="language", fraction=4 / 9, keep=((0, 1, 2), (0,), (0, 3)), ranking="global"),
+        "keep lists [3, 1, 2] KV heads per layer",
+        "leave `keep` out",
+    ),
+    (
+        DropHeads(part="language", fraction=4 / 9, keep=((0, 1, 2), (0,), (0, 1)), ranking="global"),
+        "keep lists [3, 1, 2] KV heads per layer, fraction=0.4444444444444444 of [3, 3, 3] leaves 5 in all",
+        "leave `keep` out",
+    ),
     (DropNeurons(part="audio", fraction=0.5), "part='audio'", "`vision` or `language`"),
     (DropNeurons(part="vision", fraction=0.5, ranking="globl"), "no ranking `globl`", "did you mean `global`?"),
     (DropNeurons(part="vision", fraction=1.0), "fraction=1.0 of the vision neurons", "0 <= fraction < 1"),
@@ -328,15 +356,6 @@ def test_methods_that_need_attention_are_refused_without(tiny) -> None:
         ) as caught:
             PruneTokens(keep=3, method=name).plan(a)
         assert caught.value.hint == "use divprune, random or uniform"
-
-
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_layers_that_the_config_names_by_number_stay(tiny, kind: str) -> None:
-    a = TrimTower().plan(describe(tiny(kind).model))
-    with pytest.raises(PassError, match=f"vision layers of `{kind}` cannot go: .*names blocks by number") as caught:
-        DropLayers(part="vision", count=1).plan(a)
-    assert caught.value.hint == "drop heads"
-    assert DropLayers(part="language", count=1).plan(a).language.layers == a.language.layers - 1
 
 
 @pytest.mark.parametrize(
