@@ -19,6 +19,7 @@ from .passes.quantize import Quantize
 from .passes.recipe import PASSES
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
+from .passes.trim_vocabulary import TrimVocabulary
 from .pipeline import Plan, Progress, Request
 from .surgery.anatomy import Anatomy, costs, kv_bytes
 from .validation.survey import Row
@@ -116,6 +117,8 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         found.append(_try(f"{DropNeurons.name} {part}", step, trimmed, f"{neurons} neurons per layer"))
         layers = trimmed.tower.layers if part == "vision" else a.language.layers
         found.append(_try(f"{DropLayers.name} {part}", DropLayers(part=part, count=1), trimmed, f"{layers} layers"))
+    rows = a.language.vocabulary
+    found.append(_try(TrimVocabulary.name, TrimVocabulary(size=max(2, rows // 2)), trimmed, f"{rows} tokens"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
     assert {v.name.split()[0] for v in found} == set(PASSES)
     return found

@@ -38,6 +38,9 @@ DropNeurons = Annotated[
     str | None, typer.Option("--drop-neurons", help="Fractions removed: vision:0.25,language:0.25.")
 ]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
+Vocabulary = Annotated[
+    int | None, typer.Option("--vocabulary", help="Rows of the embedding and of lm_head that stay: of tokens in use.")
+]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
@@ -67,6 +70,7 @@ def convert(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -95,6 +99,7 @@ def convert(
         **_cuts(
             model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
         ),
+        vocabulary=vocabulary,
         target=target,
         dtype=dtype,
         images=images,
@@ -144,6 +149,7 @@ def inspect(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -176,6 +182,7 @@ def inspect(
         **_cuts(
             model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
         ),
+        vocabulary=vocabulary,
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -200,6 +207,7 @@ def cut(
     drop_heads: DropHeads = None,
     drop_layers: DropLayers = None,
     drop_neurons: DropNeurons = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -216,6 +224,7 @@ def cut(
         **_cuts(
             model, prune, keep, method, drop_heads, drop_layers, drop_neurons, quantize, recipe, image_size, frames
         ),
+        vocabulary=vocabulary,
         calibration=calibration,
         seed=seed,
         revision=revision,
@@ -599,7 +608,7 @@ def _print_plan(planned: Plan, as_json: bool, request: Request) -> None:
         f"{_change(max(a.language.heads), max(b.language.heads))} heads in "
         f"{_change(max(a.language.kv_heads), max(b.language.kv_heads))} KV groups, "
         f"{_change(_span(a.language.intermediate), _span(b.language.intermediate))} neurons, "
-        f"hidden {a.language.hidden}",
+        f"hidden {a.language.hidden}, {_change(a.language.vocabulary, b.language.vocabulary)} tokens",
         f"tokens   {sizes} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]

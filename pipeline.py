@@ -57,6 +57,7 @@ class Request:
     drop_heads: Mapping[str, float] = field(default_factory=dict)
     drop_layers: Mapping[str, int] = field(default_factory=dict)
     drop_neurons: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: int | None = None  # rows of it that stay
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
@@ -173,7 +174,7 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
-    flags = flags or request.drop_neurons or request.method is not None
+    flags = flags or request.drop_neurons or request.method is not None or request.vocabulary is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
@@ -196,6 +197,7 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
         drop_heads=request.drop_heads,
         drop_layers=request.drop_layers,
         drop_neurons=request.drop_neurons,
+        vocabulary=request.vocabulary,
         quantize=request.quantize,
         seed=request.seed,
     )

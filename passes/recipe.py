@@ -33,9 +33,10 @@ from .quantize import SCHEMES, Quantize
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
+from .trim_vocabulary import TrimVocabulary
 
 PASSES: dict[str, type[Pass]] = {
-    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, Quantize)
+    p.name: p for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, TrimVocabulary, Quantize)
 }
 
 
@@ -155,6 +156,7 @@ def from_flags(
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
     drop_neurons: Mapping[str, float] | None = None,
+    vocabulary: int | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
@@ -198,6 +200,8 @@ def from_flags(
     if keep is not None and (keep if isinstance(keep, tuple) else (keep,) * len(tokens)) != tokens:
         passes.append(PruneTokens(keep=keep, method=method, seed=seed))
     passes += cuts("language")
+    if vocabulary is not None and vocabulary != a.language.vocabulary:
+        passes.append(TrimVocabulary(size=vocabulary))
     if quantize != "none":
         if quantize not in SCHEMES:
             raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))

@@ -45,10 +45,11 @@ class Language:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     intermediate: tuple[int, ...]  # neurons of the MLP of each layer
-    vocabulary: int
+    vocabulary: int  # rows of the embedding and of the output projection
     tied: bool  # the input embedding is the output projection
     max_positions: int
     solid: str | None = None  # why no neuron can leave its MLPs
+    whole: str | None = None  # why no row of its vocabulary can go
 
     @property
     def layers(self) -> int:

@@ -57,7 +57,11 @@ def describe(model: Any) -> Anatomy:
         tower=family.tower(model, parts),
         projector=0 if parts.projector is None else sum(p.numel() for p in _weights(parts.projector) if p.dim() > 1),
         language=family.language(model, parts),
-        layout=replace(family.layout(config), frames=max((bucket.frames for bucket in about.buckets), default=1)),
+        layout=replace(
+            family.layout(config),
+            frames=max((bucket.frames for bucket in about.buckets), default=1),
+            vocabulary=about.vocabulary,
+        ),
         buckets=about.buckets,
         segments=tuple(family.segments(config, bucket.geometry) * bucket.frames for bucket in about.buckets),
         breaks=tuple(len(bucket.line_breaks) for bucket in about.buckets),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..manifest import Bucket, Panel
+from ..vocabulary import Vocabulary
 from .picking import Judge, Picker
 
 
@@ -225,6 +226,7 @@ class Attached:
     family: Any  # surgery.families.base.Family
     buckets: tuple[Bucket, ...]
     selection: Selection | None = None
+    vocabulary: Vocabulary | None = None  # of a model whose vocabulary was cut
 
     def keep(self, bucket: int) -> int:
         """Visual tokens that an image of this bucket keeps."""

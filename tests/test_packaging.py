@@ -14,7 +14,7 @@ import vlmcut
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOT_MODULES = {"__init__", "__main__", "api", "cli", "errors", "manifest", "pipeline", "prompt"}
+ROOT_MODULES = {"__init__", "__main__", "api", "cli", "errors", "manifest", "pipeline", "prompt", "vocabulary"}
 # As on a machine that has none of them: not importable, and `find_spec` finds nothing.
 NO_TORCH = """
 import sys

@@ -34,6 +34,7 @@ from ..structure import (
     query_heads,
     refuse_encoder_decoder,
 )
+from ..vocabulary import whole
 from .leftovers import LEFTOVERS
 
 Geometry = Mapping[str, tuple[int, ...]]
@@ -270,6 +271,7 @@ class Family:
             tied=parts.head.weight is parts.language.get_input_embeddings().weight,
             max_positions=getattr(text, "max_position_embeddings", None) or 2**31,
             solid=solid(parts.language_layers),
+            whole=whole(parts),
         )
 
 

@@ -36,6 +36,8 @@ FLAGS = {
     "--drop-neurons vison:0.5": ("vison", "did you mean `vision`?"),
     "--drop-neurons vision:0.999": ("0.999", "leaves 0 of 96 vision neurons", "choose at most 0.9895"),
     "--drop-neurons language:1": ("fraction=1.0", "0 <= fraction < 1"),
+    "--vocabulary 1": ("size=1", "320 tokens", "choose 2 to 320"),
+    "--vocabulary 321": ("size=321", "320 tokens", "choose 2 to 320"),
     "--drop-layers vision:9": ("count=9", "4 layers of which 3 can go", "choose 1 to 3"),
     "--drop-layers language:3": ("count=3", "3 layers of which 2 can go"),
     "--drop-layers tower:1": ("tower", "known: language, vision"),
@@ -145,6 +147,7 @@ def test_recipe_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
         "--quantize int8",
         "--drop-layers vision:1",
         "--drop-neurons vision:0.5",
+        "--vocabulary 200",
         "--method random",
     ],
 )

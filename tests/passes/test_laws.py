@@ -21,6 +21,7 @@ from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, make
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
+from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.surgery.anatomy import Anatomy
 from vlmcut.surgery.load import Loaded, describe
 
@@ -75,6 +76,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
+    "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
@@ -83,6 +85,9 @@ REAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.3),
     "drop-layers": {p: lambda a, p=p: DropLayers(part=p, count=1) for p in ("vision", "language")},
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
+    "trim-vocabulary": {
+        "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),
+    },
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusal that these models earn.
@@ -176,6 +181,7 @@ def test_resolving_measures_once(kind: str, tiny) -> None:
         DropHeads(part="vision", fraction=1 / a.tower.heads[0]),
         DropNeurons(part="vision", fraction=0.3),
         DropNeurons(part="language", fraction=0.3, ranking="global"),
+        TrimVocabulary(size=200),
     ]
     for step in steps:
         done = step.resolve(loaded.model, a, calibration)
@@ -206,6 +212,7 @@ def test_a_recipe_of_everything(kind: str, tiny, logits) -> None:
         PruneTokens(keep=5),
         DropLayers(part="language", count=1),
         DropNeurons(part="language", fraction=0.3),
+        TrimVocabulary(size=200, tokens="0-199", unseen="unknown", unknown=0),
     ]
     if full.language.kv_heads[0] > 1:
         steps.append(DropHeads(part="language", fraction=0.3))
