@@ -23,6 +23,7 @@ from .passes.recipe import PASSES
 from .passes.skip_visual import WHATS, SkipVisual
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
+from .passes.trim_vocabulary import TrimVocabulary
 from .pipeline import Plan, Progress, Request
 from .surgery.anatomy import Anatomy
 from .surgery.costs import costs, kv_bytes
@@ -149,6 +150,8 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         step = SkipVisual(what=what, count=1)
         found.append(_try(f"{SkipVisual.name} {what}", step, trimmed, f"{a.language.layers} layers"))
     found.append(_try(Heal.name, Heal(steps=1), trimmed, "after a cut; trains on the calibration prompts"))
+    rows = a.language.vocabulary
+    found.append(_try(TrimVocabulary.name, TrimVocabulary(size=max(2, rows // 2)), trimmed, f"{rows} tokens"))
     found.append(_try(Quantize.name, Quantize(), trimmed, "int8, --target onnx"))
     assert {v.name.split()[0] for v in found} == set(PASSES)
     return found

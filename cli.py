@@ -46,6 +46,9 @@ Ladder = Annotated[
 Exit = Annotated[int | None, typer.Option("--exit", help="Language layer from which no visual token goes on.")]
 DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
 Heal = Annotated[int | None, typer.Option("--heal", help="Steps of training towards the uncut model, after the cuts.")]
+Vocabulary = Annotated[
+    int | None, typer.Option("--vocabulary", help="Rows of the embedding and of lm_head that stay: of tokens in use.")
+]
 Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
@@ -79,6 +82,7 @@ def convert(
     ladder: Ladder = None,
     exit_layer: Exit = None,
     heal: Heal = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
@@ -121,6 +125,7 @@ def convert(
             image_size,
             frames,
         ),
+        vocabulary=vocabulary,
         target=target,
         dtype=dtype,
         images=images,
@@ -165,6 +170,7 @@ def inspect(
     ladder: Ladder = None,
     exit_layer: Exit = None,
     heal: Heal = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -212,6 +218,7 @@ def inspect(
             image_size,
             frames,
         ),
+        vocabulary=vocabulary,
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -238,6 +245,7 @@ def cut(
     ladder: Ladder = None,
     exit_layer: Exit = None,
     heal: Heal = None,
+    vocabulary: Vocabulary = None,
     quantize: Quantize = "none",
     recipe: Recipe = None,
     image_size: ImageSize = None,
@@ -268,6 +276,7 @@ def cut(
             image_size,
             frames,
         ),
+        vocabulary=vocabulary,
         calibration=calibration,
         seed=seed,
         revision=revision,

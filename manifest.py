@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError
+from .vocabulary import Vocabulary
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
@@ -75,6 +76,7 @@ class Layout:
     first_position: int = 0
     merge: int = 1  # patches along one side of a visual token; what M-RoPE grids are divided by
     frames: int = 1  # so many images in a row are a clip: seen together, with one budget
+    vocabulary: Vocabulary | None = None  # the ids that have a row, if not all do
 
     @property
     def axes(self) -> int:
@@ -235,7 +237,7 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
     fields["budgets"] = tuple(_budget(b) for b in data["budgets"])
     fields["graphs"] = {name: _graph(g) for name, g in data["graphs"].items()}
     fields["files"] = {n: {"sha256": str(f["sha256"]), "bytes": int(f["bytes"])} for n, f in data["files"].items()}
-    fields["layout"] = Layout(**data["layout"])
+    fields["layout"] = _layout(data["layout"])
     fields["buckets"] = tuple(_bucket(b) for b in data["buckets"])
     return Manifest(**fields)
 
@@ -243,6 +245,13 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
 def _budget(data: Mapping[str, Any]) -> TokenBudget:
     given = {name: value for name, value in data.items() if name not in ("sequence", "cache", "ladder")}
     return TokenBudget(**given, ladder=tuple(Rung(int(x["layer"]), float(x["share"])) for x in data["ladder"]))
+
+
+def _layout(data: Mapping[str, Any]) -> Layout:
+    vocabulary = Vocabulary(**data["vocabulary"]) if data.get("vocabulary") else None
+    if vocabulary is not None:
+        len(vocabulary.ids)  # or damaged runs would be found when somebody asks
+    return Layout(**{**data, "vocabulary": vocabulary})
 
 
 def _bucket(data: Mapping[str, Any]) -> Bucket:

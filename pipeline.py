@@ -63,6 +63,7 @@ class Request:
     ladder: tuple[tuple[int, float], ...] = ()  # layers and shares; the method's own if empty
     exit_layer: int | None = None  # from which no visual token goes on
     heal: int | None = None  # steps of training
+    vocabulary: int | None = None  # rows of it that stay
     quantize: str = "none"
     target: str = "onnx"
     dtype: str = "float32"
@@ -207,6 +208,7 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
     flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
     flags = flags or request.drop_neurons or request.method is not None or request.heal is not None
     flags = flags or request.inside is not None or request.ladder or request.exit_layer is not None
+    flags = flags or request.vocabulary is not None
     if request.recipe is not None:
         if flags or request.quantize != "none":
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
@@ -233,6 +235,7 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
         ladder=request.ladder,
         exit_layer=request.exit_layer,
         heal=request.heal,
+        vocabulary=request.vocabulary,
         quantize=request.quantize,
         seed=request.seed,
     )

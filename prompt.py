@@ -214,6 +214,8 @@ class Prompter:
         """
         inputs = self.raw(images, text)
         ids = np.asarray(inputs["input_ids"], dtype=np.int64)
+        if self.layout.vocabulary is not None:
+            self.layout.vocabulary.check(ids[ids != self.layout.image_token_id], self.processor.tokenizer.decode)
         placeholders = int((ids == self.layout.image_token_id).sum())
         seen = [(_picture(inputs), placeholders)] if len(images) == 1 else [self.look(image) for image in images]
         if placeholders != sum(count for _, count in seen):

@@ -34,7 +34,7 @@ def plan(model: str, planned: Plan) -> str:
         f"{_change(_span(a.language.heads), _span(b.language.heads))} heads in "
         f"{_change(_span(a.language.kv_heads), _span(b.language.kv_heads))} KV groups, "
         f"{_change(_span(a.language.intermediate), _span(b.language.intermediate))} neurons, "
-        f"hidden {a.language.hidden}",
+        f"hidden {a.language.hidden}, {_change(a.language.vocabulary, b.language.vocabulary)} tokens",
         f"tokens   {sizes} visual tokens per image, {kept}",
         f"int8     {', '.join(b.quantized) or 'nothing'}",
     ]

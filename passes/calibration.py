@@ -30,6 +30,8 @@ class Calibration:
 
     prompts: tuple[Prompt, ...]
     origin: str  # a folder, or how the images were made
+    tokenizer: Any
+    texts: tuple[str, ...] = ()  # every question and answer that the folder has
     lessons: tuple[Lesson, ...] = ()  # what the uncut model says to them, for a recipe that heals
     progress: Callable[[str], None] = lambda _: None  # told by a pass that takes long how far it is
 
@@ -51,18 +53,17 @@ def read_calibration(loaded: Loaded, folder: Path | None, limit: int | None = ME
         rng = np.random.default_rng(0)
         sizes = [a.buckets[i % len(a.buckets)].size for i in range(8)]
         noise = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-        return Calibration(tuple(prompter([i], _QUESTION) for i in noise), "8 seeded noise images")
-    pairs = question_pairs(folder) or [
+        prompts = tuple(prompter([i], _QUESTION) for i in noise)
+        return Calibration(prompts, "8 seeded noise images", loaded.processor.tokenizer, (_QUESTION,))
+    lines = read_questions(folder)
+    pairs = [(folder / line["image"], line["question"]) for line in lines] or [
         (p, _QUESTION) for p in sorted(folder.glob("*")) if p.suffix.lower() in _SUFFIXES
     ]
     if not pairs:
         raise PassError(f"`{folder}` has no images", hint=f"put {', '.join(_SUFFIXES)} files there")
-    return Calibration(tuple(prompter([open_image(p)], q) for p, q in pairs[:limit]), str(folder))
-
-
-def question_pairs(folder: Path) -> list[tuple[Path, str]]:
-    """(image, question) of each line of `questions.jsonl`, or an empty list without one."""
-    return [(folder / line["image"], line["question"]) for line in read_questions(folder)]
+    prompts = tuple(prompter([open_image(p)], q) for p, q in pairs[:limit])
+    said = [line[key] for line in lines for key in ("question", "answer") if isinstance(line.get(key), str)]
+    return Calibration(prompts, str(folder), loaded.processor.tokenizer, (_QUESTION, *said))
 
 
 def read_questions(folder: Path) -> list[dict[str, str]]:

@@ -15,6 +15,8 @@ from torch import nn
 from ..errors import PassError, nearest
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import locate
+from ..surgery.selection import attached
+from ..surgery.vocabulary import find_rows, spread_scores
 from .base import PARTS, Pass, check_part
 from .int8 import Int8Embedding, Int8Linear
 
@@ -58,11 +60,16 @@ class Quantize(Pass):
             for layer in parts.language_layers:
                 quantize_linears(layer)
             model.lm_head = Int8Linear.of(model.lm_head)
+            vocabulary = attached(model).vocabulary
+            if vocabulary is not None:
+                spread_scores(model.lm_head, vocabulary)
             if a.language.tied:
                 head = model.lm_head
                 times = getattr(parts.language.get_input_embeddings(), "scalar_embed_scale", 1.0)
                 table = Int8Embedding(head.weight, head.weight_scale, model.dtype, times)
                 parts.language.set_input_embeddings(table)
+                if vocabulary is not None:
+                    find_rows(table, vocabulary)
 
 
 def quantize_linears(root: nn.Module) -> None:

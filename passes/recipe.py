@@ -38,10 +38,22 @@ from .skip_visual import SkipVisual
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
+from .trim_vocabulary import TrimVocabulary
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
-    for p in (TrimTower, DropLayers, DropHeads, DropNeurons, PruneTokens, PruneInside, SkipVisual, Heal, Quantize)
+    for p in (
+        TrimTower,
+        DropLayers,
+        DropHeads,
+        DropNeurons,
+        PruneTokens,
+        PruneInside,
+        SkipVisual,
+        Heal,
+        TrimVocabulary,
+        Quantize,
+    )
 }
 
 
@@ -68,9 +80,15 @@ class Recipe:
         before, after = self.passes[: places[0]], self.passes[places[0] + 1 :]
         if all(isinstance(step, TrimTower) for step in before):
             raise PassError(f"{Heal.name}: no pass before it cuts anything", hint="put it after the cuts")
-        if late := [step.name for step in after if not isinstance(step, Quantize)]:
+        if late := [step.name for step in after if not isinstance(step, TrimVocabulary | Quantize)]:
             raise PassError(
-                f"{Heal.name}: `{late[0]}` comes after it", hint="put it after every cut; only quantize may follow"
+                f"{Heal.name}: `{late[0]}` comes after it",
+                hint="put it after every cut; only trim-vocabulary and quantize may follow",
+            )
+        if early := [step.name for step in before if isinstance(step, TrimVocabulary)]:
+            raise PassError(
+                f"{Heal.name}: `{early[0]}` comes before it, and the uncut model knows all tokens",
+                hint=f"put {early[0]} behind heal",
             )
 
     @property
@@ -199,6 +217,7 @@ def from_flags(
     ladder: Sequence[tuple[int, float]] = (),
     exit_layer: int | None = None,
     heal: int | None = None,
+    vocabulary: int | None = None,
     quantize: str = "none",
     seed: int = 0,
 ) -> Recipe:
@@ -249,10 +268,10 @@ def from_flags(
         kept = a.language.layers - layers.get("language", 0)
         passes.append(inside_from_flags(inside, ladder, exit_layer, kept, a.language.levels))
     if heal is not None:
-        touched = {
-            getattr(p, "part", "language") for p in passes
-        }  # of tokens that leave, the language model sees fewer
+        touched = {getattr(p, "part", "language") for p in passes}  # tokens leave the language model
         passes.append(Heal(steps=heal, parts=tuple(part for part in PARTS if part in touched) or PARTS))
+    if vocabulary is not None and vocabulary != a.language.vocabulary:
+        passes.append(TrimVocabulary(size=vocabulary))
     if quantize != "none":
         if quantize not in SCHEMES:
             raise PassError(f"--quantize {quantize}: unknown scheme", hint=nearest(quantize, ("none", *SCHEMES)))

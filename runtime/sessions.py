@@ -122,6 +122,7 @@ class Graphs:
     ) -> None:
         self.budget: TokenBudget = manifest.budgets[budget]
         self.buckets = manifest.buckets
+        self.vocabulary = manifest.layout.vocabulary
         self.device = provider
         self._open = partial(self._session, folder, provider, threads)
         self._vision = [manifest.graph("vision", budget, i) for i in range(len(self.buckets))]
@@ -170,6 +171,8 @@ class Graphs:
         inputs = {"pixel_values": picture.pixel_values.astype(self.dtype)}
         for tensor in info.inputs:
             if tensor.name == "text_ids":
+                if self.vocabulary is not None:
+                    self.vocabulary.check(picture.question)
                 inputs |= _question(picture.question, tensor.shape[1])
         found = self._open(info).run([t.name for t in info.outputs], inputs)
         features, kept, *levels = map(np.asarray, found)

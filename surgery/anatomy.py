@@ -54,7 +54,7 @@ class Language:
     others: tuple[int, ...]  # weights of the products of each layer beside heads and MLP: convolutions, experts
     windows: tuple[int, ...]  # columns that a layer sees at most, itself included; 0 for all
     masked: tuple[bool, ...]  # layers that read a prompt with a mask, not causally: graphs multiply every pair
-    vocabulary: int
+    vocabulary: int  # rows of the embedding and of the output projection
     tied: bool  # the input embedding is the output projection
     max_positions: int
     pinned: Pinned = ()
@@ -63,6 +63,7 @@ class Language:
     window: int | None = None  # of its sliding layers, in columns; None if every layer sees all
     stiff: str | None = None  # why visual tokens cannot leave between its layers
     bound: str | None = None  # why no head can leave its attention
+    whole: str | None = None  # why no row of its vocabulary can go
 
     @property
     def layers(self) -> int:

@@ -59,7 +59,11 @@ def describe(model: Any) -> Anatomy:
         tower=family.tower(model, parts),
         projector=0 if parts.projector is None else sum(p.numel() for p in _weights(parts.projector) if p.dim() > 1),
         language=family.language(model, parts),
-        layout=replace(family.layout(config), frames=max((bucket.frames for bucket in about.buckets), default=1)),
+        layout=replace(
+            family.layout(config),
+            frames=max((bucket.frames for bucket in about.buckets), default=1),
+            vocabulary=about.vocabulary,
+        ),
         buckets=about.buckets,
         segments=tuple(one.segments for one in measured(model)),
         windows=tuple(family.windows(config, bucket.geometry) * bucket.frames for bucket in about.buckets),

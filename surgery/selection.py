@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..manifest import Bucket, Panel
+from ..vocabulary import Vocabulary
 from .anatomy import Idle
 from .picking import Judge, Picker
 
@@ -233,6 +234,7 @@ class Attached:
     inside: Any = None  # surgery.inside.Inside
     idle: Idle = field(default_factory=Idle)
     measured: Any = None  # for each bucket; see surgery/measure.py
+    vocabulary: Vocabulary | None = None  # of a model whose vocabulary was cut
 
     def keep(self, bucket: int) -> int:
         """Visual tokens that an image of this bucket keeps."""

@@ -80,8 +80,11 @@ class Talk:
     def _read(cls, model: Any, prompts: Sequence[Prompt], seen: Sequence[Sequence[Seen]], change: Change) -> Talk:
         parts = locate(model)
         ids, index = (torch.from_numpy(np.concatenate([getattr(p, n) for p in prompts])) for n in _COLUMNS)
-        family, place = attached(model).family, index >= 0
+        about, place = attached(model), index >= 0
+        family = about.family
         ids = ids.masked_fill(place, 0)  # an image token may have no row
+        if about.vocabulary is not None:  # a prompt may be older than the cut
+            about.vocabulary.check(ids.numpy())
         x = family.embed(model, ids)
         pictures = [s for one in seen for s in one]
         if pictures:

@@ -51,9 +51,11 @@ def prepare(model: Any, geometry: Mapping[str, tuple[int, ...]]) -> Prepared:
 
 def read_question(model: Any, ids: np.ndarray) -> Text | None:
     """The question for a method that depends on it, int64 [M], unpadded; None for the others."""
-    selection = attached(model).selection
-    if selection is None or not selection.selector.text:
+    about = attached(model)
+    if about.selection is None or not about.selection.selector.text:
         return None
+    if about.vocabulary is not None:
+        about.vocabulary.check(ids)
     padded = np.append(ids, 0) if not len(ids) else ids  # a column that is masked: nothing was asked
     return embed_question(model, torch.from_numpy(padded)[None], torch.tensor([len(ids)]))
 

@@ -14,7 +14,9 @@ import vlmcut
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOT_MODULES = {"__init__", "__main__", "api", "cli", "errors", "manifest", "pipeline", "prompt", "tables"}
+ROOT_MODULES = {
+    "__init__", "__main__", "api", "cli", "errors", "manifest", "pipeline", "prompt", "tables", "vocabulary"
+}  # fmt: skip
 # As on a machine that has none of them: not importable, and `find_spec` finds nothing.
 NO_TORCH = """
 import sys

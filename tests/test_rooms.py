@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "manifest", "prompt"}  # root modules that every room may use
+LEAVES = {"errors", "manifest", "prompt", "vocabulary"}  # root modules that every room may use
 ARROWS: dict[str, set[str]] = {
     "processors": set(),
     "surgery": {"processors"},

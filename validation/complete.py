@@ -57,10 +57,11 @@ def _harmless(model: Any, tensors: Sequence[torch.Tensor], want: Sequence[torch.
 @torch.no_grad()
 def _read(model: Any) -> list[torch.Tensor]:
     """Features and logits of a prompt with one image, for every bucket."""
-    layout = attached(model).family.layout(model.config)
+    about = attached(model)
+    layout, known = about.family.layout(model.config), about.vocabulary.ids[:2].tolist() if about.vocabulary else (0, 1)
+    text = [next(i for i in known if i != layout.image_token_id)]
     found = []
-    for bucket in attached(model).buckets:
-        text = [int(layout.image_token_id == 0)]
+    for bucket in about.buckets:
         ids = np.concatenate([text, np.full(bucket.tokens, layout.image_token_id), text])[None]
         picture = Picture(np.ones(bucket.pixels, np.float32), bucket.geometry, bucket.frames)
         shrunk, seen = see_all(model, assemble(layout, ids, [picture], [bucket.tokens]))

@@ -128,6 +128,7 @@ def fresh_prompts(a: Anatomy, budget: TokenBudget, seed: int) -> list[Prompt]:
     """
     rng = np.random.default_rng([seed, budget.visual_tokens])
     text, turn = budget.text_tokens, 0
+    known = a.layout.vocabulary.readable if a.layout.vocabulary else np.arange(a.language.vocabulary)
     layouts = [
         (budget.images, text, "spread"),
         (1, max(2, text // 2), "spread"),
@@ -137,8 +138,9 @@ def fresh_prompts(a: Anatomy, budget: TokenBudget, seed: int) -> list[Prompt]:
     layouts += [(1, max(2, text // 4), "spread")] * max(0, len(a.buckets) - budget.images - 2)
     prompts = []
     for images, words, where in layouts:
-        ids = rng.integers(0, a.language.vocabulary, words)
-        ids[ids == a.layout.image_token_id] = (a.layout.image_token_id + 1) % a.language.vocabulary
+        ids = known[rng.integers(0, len(known), words)]
+        after = (np.searchsorted(known, a.layout.image_token_id) + 1) % len(known)
+        ids[ids == a.layout.image_token_id] = known[after]
         places = sorted(rng.integers(1, words, images)) if where == "spread" else [words - 1] * images
         buckets = [a.buckets[(turn + i) % len(a.buckets)] for i in range(images)]
         turn += images

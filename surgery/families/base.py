@@ -38,6 +38,7 @@ from ..structure import (
     refuse_encoder_decoder,
     sliding_window,
 )
+from ..vocabulary import whole
 from .leftovers import LEFTOVERS
 
 Geometry = Mapping[str, tuple[int, ...]]
@@ -301,6 +302,7 @@ class Family:
             window=_window(text),
             stiff=self.stiff or _stiff(attention),
             bound=bound(parts.language_layers),
+            whole=whole(parts),
         )
 
 

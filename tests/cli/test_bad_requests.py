@@ -38,6 +38,8 @@ FLAGS = {
     "--drop-neurons language:1": ("fraction=1.0", "0 <= fraction < 1"),
     "--heal 5": ("no pass before it cuts anything", "after the cuts"),
     "--prune 0.5 --heal 0": ("heal: steps=0", "choose 1 or more"),
+    "--vocabulary 1": ("size=1", "320 tokens", "choose 2 to 320"),
+    "--vocabulary 321": ("size=321", "320 tokens", "choose 2 to 320"),
     "--drop-layers vision:9": ("count=9", "4 layers of which 3 can go", "choose 1 to 3"),
     "--drop-layers language:3": ("count=3", "3 layers of which 2 can go"),
     "--drop-layers tower:1": ("tower", "known: language, vision"),
@@ -149,6 +151,7 @@ def test_recipe_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
         "--drop-layers vision:1",
         "--drop-neurons vision:0.5",
         "--heal 5",
+        "--vocabulary 200",
         "--method random",
     ],
 )

@@ -21,6 +21,7 @@ from vlmcut.passes.drop_neurons import DropNeurons
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import make
+from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.prompt import Prompter
 from vlmcut.surgery.families import FAMILIES
 from vlmcut.surgery.load import Loaded, describe, family_of
@@ -151,6 +152,7 @@ def _steps(loaded: Loaded) -> dict[str, Any]:
         "layers language": DropLayers(part="language", count=1),
         "neurons vision": DropNeurons(part="vision", fraction=0.3),
         "neurons language": DropNeurons(part="language", fraction=0.3, ranking="global"),
+        "vocabulary": TrimVocabulary(size=a.language.vocabulary - 5, unseen="unknown", unknown=0),
         "int8": Quantize(),
     }
 
@@ -162,7 +164,7 @@ def test_every_pass_cuts_every_family_or_says_why_not(kind: str) -> None:
     original = folder.load(f"tiny:{kind}", sizes=sizes)
     prompter = Prompter(original.processor, describe(original.model).layout)
     prompt = prompter(families.pictures(kind), families.PROMPT)
-    data = Calibration((prompt,), "test")
+    data = Calibration((prompt,), "test", original.processor.tokenizer)
 
     def answer(loaded: Loaded) -> torch.Tensor:
         shrunk, seen = see_all(loaded.model, prompt)
@@ -185,7 +187,15 @@ def test_every_pass_cuts_every_family_or_says_why_not(kind: str) -> None:
             continue
         done.append(name)
         assert (answer(cut) - want).abs().max() > 1e-3, name
-    assert {"prune", "heads vision", "layers language", "neurons vision", "neurons language", "int8"} <= set(done), done
+    assert {
+        "prune",
+        "heads vision",
+        "layers language",
+        "neurons vision",
+        "neurons language",
+        "vocabulary",
+        "int8",
+    } <= set(done), done
 
 
 @pytest.mark.parametrize("kind", LIGHT)

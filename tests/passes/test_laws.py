@@ -22,6 +22,7 @@ from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, make
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
+from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.surgery.anatomy import Anatomy
 from vlmcut.surgery.load import Loaded, describe
 
@@ -88,6 +89,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
     "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
     "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
+    "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
     "quantize": {"no part": lambda a: Quantize(parts=())},
 }
 REAL: dict[str, dict[str, Maker]] = {
@@ -103,6 +105,9 @@ REAL: dict[str, dict[str, Maker]] = {
     "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
     "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
+    "trim-vocabulary": {
+        "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),
+    },
     "quantize": {p: lambda a, p=p: Quantize(parts=(p,)) for p in ("vision", "language")},
 }
 # A Qwen2 with a single KV head per layer cannot lose one; the only refusals that these models earn.
@@ -200,6 +205,7 @@ def test_resolving_measures_once(kind: str, tiny) -> None:
         DropHeads(part="vision", fraction=1 / a.tower.heads[0], ranking="global", importance="loss"),
         DropNeurons(part="vision", fraction=0.3),
         DropNeurons(part="language", fraction=0.3, ranking="global"),
+        TrimVocabulary(size=200),
     ]
     for step in steps:
         done = step.resolve(loaded.model, a, calibration)
@@ -230,6 +236,7 @@ def test_a_recipe_of_everything(kind: str, tiny, logits) -> None:
         PruneTokens(keep=5),
         DropLayers(part="language", count=1),
         DropNeurons(part="language", fraction=0.3),
+        TrimVocabulary(size=200, tokens="0-199", unseen="unknown", unknown=0),
     ]
     if full.language.kv_heads[0] > 1:
         steps.append(DropHeads(part="language", fraction=0.3))

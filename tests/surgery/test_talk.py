@@ -209,7 +209,7 @@ def test_what_is_remembered(kind: str, made: Any) -> None:
     prompt = prompter(loaded)(pictures(loaded, 2), "What is it?")
     talk = read(loaded, prompt)
     for rows in (prompt.length, prompt.length + 1):
-        want = attached(loaded.model).family.states(loaded.model, [rows] * len(locate(loaded.model).language_layers))
+        want = attached(loaded.model).family.states(loaded.model, [rows] * describe(loaded.model).language.layers)
         assert {name: (1, *t.shape) for name, t in talk.states().items()} == want
         talk = talk.say(talk.logits.argmax(dim=-1))
     kv = [kv for kv in describe(loaded.model).language.kv_heads if kv]
