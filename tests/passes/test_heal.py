@@ -298,7 +298,7 @@ ORDERS: dict[str, tuple[list[Any], str, str]] = {
     "first": ([Heal(steps=1), PruneTokens(keep=5)], "no pass before it cuts anything", "after the cuts"),
     "before heads": (
         [PruneTokens(keep=5), Heal(steps=1), DropHeads(part="vision", fraction=0.5)],
-        "`drop-heads` comes after it", "only quantize may follow",
+        "`drop-heads` comes after it", "only trim-vocabulary and quantize may follow",
     ),
     "before tokens": ([*CUT, Heal(steps=1), PruneTokens(keep=5)], "`prune-tokens` comes after it", "every cut"),
     "twice": ([*CUT, Heal(steps=1), Heal(steps=1)], "2 of them", "heal once"),
