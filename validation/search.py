@@ -6,8 +6,8 @@
    parts of the original's cost, each times what the single cuts left of it. Of the children that keep the answers the
    beam takes the cheapest and those that saved most for each question lost; these are measured, in turn with the best
    so far.
-3. What passed unmeasured and is predicted to beat the best is measured; then the best few meet the best single cut in
-   rounds of their own, and the cheapest there wins.
+3. What passed unmeasured and is predicted to beat the best is measured; then the cheapest few combinations and the
+   cheapest few single cuts meet in longer rounds of their own: the best of either is what came first there.
 
 Nothing here knows a model: a `Judge` answers and measures. Apart from measured times everything is deterministic.
 """
@@ -144,10 +144,11 @@ class _Search:
         self.left: dict[Choice, None] = {}
 
     def run(self) -> Outcome:
-        single = self._singles()
-        best = self._combine(single)
-        final = self._final(single, best)
-        winner = min(final, key=lambda c: (final[c].ratio, len(c), c))
+        final = self._final(self._combine(self._singles()))
+        winner, single = (
+            min((c for c in final if len(c) <= most), key=lambda c: (final[c].ratio, len(c), c))
+            for most in (len(self.axes), 1)
+        )
         dear = tuple(c for c in self.dear if c not in self.points)  # another parent may have paid for it
         return Outcome(self.points, single, winner, final, self.refused, tuple(self.beyond), dear, tuple(self.left))
 
@@ -203,14 +204,16 @@ class _Search:
                 best = self._cheapest([best, *front])
         return best
 
-    def _final(self, single: Choice, best: Choice) -> dict[Choice, Cost]:
-        passed = [c for c in self.points if self._passes(c) and not self._baseline(c) and c not in (single, best)]
+    def _final(self, best: Choice) -> dict[Choice, Cost]:
+        """The cheapest combinations and the cheapest single cuts, measured together once more."""
+        passed = [c for c in self.points if self._passes(c) and not self._baseline(c)]
         hopeful = [c for c in passed if self.points[c].cost is None and self.points[c].ratio < self.points[best].ratio]
         hopeful = sorted(hopeful, key=self._order)[: self.width]
         if hopeful:
             self._measure([best, *hopeful])
         measured = sorted((c for c in passed if self.points[c].cost is not None), key=self._order)
-        finalists = list(dict.fromkeys([single, best, *measured[: self.width - 1]]))
+        alone, combined = ([c for c in measured if (len(c) == 1) == one][: self.width] for one in (True, False))
+        finalists = [*alone, *combined]
         self.progress(f"the best {len(finalists)} once more, in longer rounds")
         found = dict(zip(finalists, self.judge.costs(finalists, final=True), strict=True))
         for choice, cost in found.items():

@@ -12,6 +12,7 @@ from .search import Point
 from .search_axes import Choice, text
 from .search_judge import OBJECTIVES
 from .search_run import Found
+from .sweep_plan import BASELINES
 from .sweep_report import pareto
 
 _SHOWN = 12  # recipes that a sentence names
@@ -177,7 +178,7 @@ def _notes(found: Found) -> list[str]:
     if OBJECTIVES[wanted.objective].roles:
         notes.append(
             f"Times are medians of {found.runs[0]} rounds in turn with the original, {found.runs[1]} for the last; "
-            f"{wanted.threads or 'all'} threads of ONNX Runtime, ratios taken round by round. "
+            f"{f'--threads {wanted.threads}' if wanted.threads else 'all threads'}, ratios taken round by round. "
             "Combinations that were only predicted have no ms."
         )
     if o.left:
@@ -194,19 +195,16 @@ def _notes(found: Found) -> list[str]:
             f"{len(o.dear)} recipes were not asked because they were not predicted to cost less than what they grew "
             f"from: {_named(found, o.dear)}."
         )
-    if o.refused:
-        refused = [f"{text(found.axes, c)} ({reason})" for c, reason in list(o.refused.items())[:_SHOWN]]
-        notes.append(f"{len(o.refused)} recipes do not apply: {_more('; '.join(refused), len(o.refused))}.")
+    for reason in dict.fromkeys(o.refused.values()):
+        mine = [choice for choice, why in o.refused.items() if why == reason]
+        notes.append(f"{len(mine)} recipes do not apply, {_named(found, mine)}: {reason}.")
     notes += [f"does not apply: {r.method}: {r.reason}" for r in found.refused]
     return [line for note in notes for line in (note, "")][:-1]
 
 
 def _named(found: Found, choices: Sequence[Choice]) -> str:
-    return _more("; ".join(text(found.axes, choice) for choice in choices[:_SHOWN]), len(choices))
-
-
-def _more(shown: str, total: int) -> str:
-    return shown + (f"; and {total - _SHOWN} more, all in search.json" if total > _SHOWN else "")
+    shown = "; ".join(text(found.axes, choice) for choice in choices[:_SHOWN])
+    return shown + (f"; and {len(choices) - _SHOWN} more, all in search.json" if len(choices) > _SHOWN else "")
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -243,53 +241,61 @@ def write(found: Found, folder: Path) -> None:
 
 
 def picture(found: Found) -> Any:
-    """Quality over cost, both relative to the original: singles, combinations, baselines, and what nothing beats.
+    """Quality over cost, both relative to the original, with the line of what nothing measured beats.
 
-    Recipes that failed alone were not measured and are not drawn.
+    Left: singles, combinations and baselines. Right: the same near the constraint. Recipes that failed alone were not
+    measured and are not drawn.
 
     Returns:
         A matplotlib `Figure`.
     """
     from matplotlib.figure import Figure  # takes half a second
 
-    o = found.outcome
-    shown = [p for p in o.points.values() if not math.isinf(p.ratio)]
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots()
-    groups: dict[str, tuple[list[Point], dict[str, Any]]] = {
-        "one cut": ([p for p in shown if len(p.choice) == 1 and not _baseline(found, p)],
-                    {"s": 32, "color": "#1f6feb", "marker": "o", "lw": 0}),
-        "combination": ([p for p in shown if len(p.choice) > 1 and p.cost], {"s": 36, "color": "#d9480f", "marker": "D",
-                        "lw": 0}),
-        "combination, cost predicted": ([p for p in shown if len(p.choice) > 1 and not p.cost],
-                                        {"s": 30, "facecolors": "none", "edgecolors": "#d9480f", "marker": "D",
-                                         "alpha": 0.6}),
-    }  # fmt: skip
-    for name, marker in (("random", "x"), ("uniform", "+")):
-        mine = [p for p in shown if _baseline(found, p) and text(found.axes, p.choice).startswith(name)]
-        groups[f"{name}, a baseline"] = (mine, {"s": 50, "color": "#495057", "marker": marker})
-    for name, (points, style) in groups.items():
+    objective, least = OBJECTIVES[found.wanted.objective], 100 * found.wanted.min_quality
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        _draw(found, axes)
+        axes.axhline(least, color="#2b8a3e", lw=1, ls="--", label="--min-quality")
+        axes.set_xlabel(f"{objective.title}, fraction of the original's")
+        axes.grid(color="#e9ecef", lw=0.6)
+        axes.set_axisbelow(True)
+    left.set_ylabel("questions answered right, % of the original's")
+    left.set_title("all that was measured or predicted", fontsize=10, loc="left")
+    right.set_title("near the constraint", fontsize=10, loc="left")
+    top = max([100.0, *(100 * p.quality for p in _shown(found))])
+    right.set_ylim(least - 0.6 * (top - least) - 0.5, top + 0.15 * (top - least) + 0.2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(f"{Path(found.wanted.model).name}: {found.counts[0]} questions", fontsize=11)
+    return figure
+
+
+def _shown(found: Found) -> list[Point]:
+    return [p for p in found.outcome.points.values() if not math.isinf(p.ratio)]
+
+
+def _draw(found: Found, axes: Any) -> None:
+    cuts = [p for p in _shown(found) if not _baseline(found, p)]
+    groups: list[tuple[str, list[Point], dict[str, Any]]] = [
+        ("one cut", [p for p in cuts if len(p.choice) == 1], {"s": 30, "color": "#1f6feb", "marker": "o", "lw": 0}),
+        ("combination", [p for p in cuts if len(p.choice) > 1 and p.cost],
+         {"s": 34, "color": "#d9480f", "marker": "D", "lw": 0}),
+        ("combination, cost predicted", [p for p in cuts if not p.cost],
+         {"s": 28, "facecolors": "none", "edgecolors": "#d9480f", "marker": "D", "alpha": 0.6}),
+    ]  # fmt: skip
+    for name, marker in zip(BASELINES, ("x", "+"), strict=True):
+        mine = [p for p in _shown(found) if _baseline(found, p) and text(found.axes, p.choice).startswith(f"{name} ")]
+        groups.append((f"{name}, a baseline", mine, {"s": 50, "color": "#495057", "marker": marker}))
+    for name, points, style in groups:
         if points:
             axes.scatter([p.ratio for p in points], [100 * p.quality for p in points], label=name, zorder=3, **style)
     axes.scatter([1], [100], s=80, color="black", marker="*", label="original", zorder=3)
-    measured = [p for p in shown if p.cost and not _baseline(found, p)]
-    places = [(1.0, 100.0), *((p.ratio, 100 * p.quality) for p in measured)]
-    axes.plot(*zip(*(places[i] for i in pareto(places)), strict=True), color="#868e96", lw=1, zorder=1)
-    axes.axhline(100 * found.wanted.min_quality, color="#2b8a3e", lw=1, ls="--", label="--min-quality")
-    for choice, word in dict.fromkeys(((o.winner, "winner"), (o.single, "best single"))):
-        p = o.points[choice]
-        axes.annotate(
-            f"{word}: {text(found.axes, choice)}", (p.ratio, 100 * p.quality), xytext=(6, -14),
-            textcoords="offset points", fontsize=8,
+    ends = {"best single cut": (found.outcome.single, "#1f6feb"), "winner": (found.outcome.winner, "#d9480f")}
+    for word, (choice, colour) in ends.items():
+        p = found.outcome.points[choice]
+        axes.scatter(
+            [p.ratio], [100 * p.quality], s=170, facecolors="none", edgecolors=colour, lw=1.5, zorder=4,
+            label=f"{word}: {text(found.axes, choice)}",
         )  # fmt: skip
-    low = min([100 * found.wanted.min_quality, *(100 * p.quality for p in measured)])
-    axes.set_ylim(bottom=max(0, low - 2.5 * (101 - low)))
-    axes.set_xlabel(f"{OBJECTIVES[found.wanted.objective].title}, fraction of the original's")
-    axes.set_ylabel(f"questions answered right, % of the original's, {found.counts[0]} questions")
-    axes.set_title(
-        f"{Path(found.wanted.model).name}: nothing is cheaper and better than the line", fontsize=10, loc="left"
-    )
-    axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
-    axes.grid(color="#e9ecef", lw=0.6)
-    axes.set_axisbelow(True)
-    return figure
+    places = [(1.0, 100.0), *((p.ratio, 100 * p.quality) for p in cuts if p.cost)]
+    axes.plot(*zip(*(places[i] for i in pareto(places)), strict=True), color="#868e96", lw=1, zorder=1)

@@ -262,3 +262,20 @@ def test_any_landscape(plan: list[list[tuple[int, tuple[float, float]]]]) -> Non
 def test_within() -> None:
     assert within(((0, 2), (3, 1)), ((0, 1),)) and within(((0, 1),), ((0, 1),)) and within(((0, 1),), ())
     assert not within(((0, 0),), ((0, 1),)) and not within(((0, 2),), ((0, 1), (1, 0)))
+
+
+def test_the_longer_rounds_decide() -> None:
+    """Winner and best single cut are those of the last meeting, whatever shorter rounds said."""
+    judge = Planted((axis("a", 1), axis("b", 1)), ((0,), (0,)), (((0.5, 0.5),), ((0.6, 0.6),)))
+    costs = judge.costs
+    late = {((0, 0),): 0.7, ((1, 0),): 0.4, ((0, 0), (1, 0)): 0.6}
+
+    def changed(choices: Sequence[Choice], *, final: bool = False) -> list[Cost]:
+        found = costs(choices, final=final)
+        return [Cost(late[c], (late[c],), 1.0) for c in choices] if final else found
+
+    judge.costs = changed  # type: ignore[method-assign]
+    found = run(judge)
+    assert found.winner == found.single == ((1, 0),) and found.gain == 1
+    assert {c: cost.ratio for c, cost in found.final.items()} == late
+    assert found.points[((1, 0),)].cost == found.final[((1, 0),)]
