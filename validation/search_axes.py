@@ -87,7 +87,7 @@ def _counts(name: str, part: str, kind: str, total: int) -> tuple[Level, ...]:
 
 def _shares(name: str, part: str, kind: str, numbers: Iterable[int]) -> tuple[Level, ...]:
     most = max(numbers, default=0)
-    counts = sorted({round(most * share) for share in FRACTIONS} - {0})
+    counts = sorted({round(most * share) for share in FRACTIONS} - {0, most})
     return tuple(
         Level(f"{part} {kind} -{100 * n / most:.3g} %", {"name": name, "part": part, "fraction": n / most})
         for n in counts

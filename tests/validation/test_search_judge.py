@@ -95,8 +95,9 @@ def make_judge(
     return ModelJudge(loaded, found, questions, calibration, objective, text_tokens=20, **options)
 
 
-def test_every_axis_is_in_order_and_mild_first(loaded: Loaded) -> None:
-    a = describe(loaded.model)
+@pytest.mark.parametrize("kind", ["llava", "llava-siglip-qwen2", "qwen3_vl", "llava_next"])
+def test_every_axis_is_in_order_and_mild_first(kind: str, tiny: Callable[[str], Loaded]) -> None:
+    a = describe(tiny(kind).model)
     found, refused = axes(a)
     assert {x.name.removeprefix("tokens by ") for x in found if x.slot == "tokens"} | {r.method for r in refused} == {
         *METHODS, *BASELINES,
@@ -110,9 +111,12 @@ def test_every_axis_is_in_order_and_mild_first(loaded: Loaded) -> None:
             if _plans(axis, level, a)
         ]
         assert flops == sorted(flops, reverse=True) and len(set(flops)) == len(flops), axis.name
+        # No level that every model refuses: what is left out for that is said by a plan, as of Qwen3-VL's tower layers.
+        assert flops or not axis.levels or (kind, axis.name) == ("qwen3_vl", "vision layers")
     words = [level.text for axis in found for level in axis.levels]
     assert len(set(words)) == len(words)
-    assert {"vision layers -1", "vision heads -50 %", "fastervlm 4", "language neurons -12.5 %"} <= set(words)
+    assert {"vision layers -1", "vision neurons -50 %", "language neurons -12.5 %"} <= set(words)
+    assert not any("-100 %" in word for word in words)
 
 
 def _plans(axis: Axis, level: int, a: Anatomy) -> bool:
