@@ -279,3 +279,42 @@ def test_the_longer_rounds_decide() -> None:
     assert found.winner == found.single == ((1, 0),) and found.gain == 1
     assert {c: cost.ratio for c, cost in found.final.items()} == late
     assert found.points[((1, 0),)].cost == found.final[((1, 0),)]
+
+
+def test_stronger_levels_of_what_failed_alone_are_not_asked() -> None:
+    judge = Planted((axis("a", 4), axis("b", 1)), ((0, 9, 0, 0), (0,)), (((0.9, 0.9),) * 4, ((0.8, 0.8),)))
+    found = run(judge)
+    assert found.beyond == (((0, 2),), ((0, 3),)) and found.winner == ((0, 0), (1, 0))
+    assert not {((0, 2),), ((0, 3),)} & set(judge.asked)
+
+
+def test_one_axis_of_a_slot() -> None:
+    judge = Planted(
+        (axis("one", 1, "tokens"), axis("other", 1, "tokens"), axis("b", 1)),
+        ((0,), (0,), (0,)), (((0.5, 0.5),), ((0.6, 0.6),), ((0.9, 0.9),)),
+    )  # fmt: skip
+    found = run(judge)
+    assert found.winner == ((0, 0), (2, 0)) and ((1, 0), (2, 0)) in found.points
+    assert all(not {0, 1} <= {a for a, _ in choice} for choice in judge.asked)
+
+
+def test_the_beam_takes_the_cheapest_and_what_saved_most_for_each_question_lost() -> None:
+    judge = Planted(
+        (axis("tokens", 2), axis("b", 1), axis("c", 1)),
+        ((0, 4), (1,), (0,)), (((0.5, 0.5), (0.3, 0.3)), ((0.49, 0.49),), ((0.9, 0.9),)),
+    )  # fmt: skip
+    found = run(judge, width=2)
+    assert found.winner == ((0, 0), (1, 0), (2, 0))
+    assert ((1, 0), (2, 0)) not in judge.asked  # both levels of tokens were in the beam: neither b nor c was
+
+
+def test_what_left_the_beam_on_a_wrong_prediction_is_measured_in_the_end() -> None:
+    judge = Planted((axis("a", 1), axis("b", 1), axis("c", 1)), ((0,), (2,), (2,)),
+                    (((0.5, 0.5),), ((0.6, 0.6),), ((0.7, 0.7),)))  # fmt: skip
+    plain = judge.cost
+    slow = ((0, 0), (1, 0))
+    judge.cost = lambda choice: Cost(0.6, (0.2, 0.4), 6.0) if choice == slow else plain(choice)  # type: ignore[method-assign]
+    judge.refuse = lambda choice: len(choice) > 2
+    found = run(judge, width=1)
+    assert found.points[slow].predicted == pytest.approx(0.3) and found.points[slow].cost == Cost(0.6, (0.2, 0.4), 6.0)
+    assert found.winner == ((0, 0), (2, 0)) and found.single == ((0, 0),)
