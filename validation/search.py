@@ -38,7 +38,7 @@ class Judge(Protocol):
 
     @property
     def whole(self) -> tuple[float, ...]:
-        """The parts of the original's cost, which add up to 1; known once something was measured."""
+        """The parts of the original's cost, which add up to 1, from the rounds that were measured first."""
         ...
 
     @property
@@ -136,6 +136,7 @@ class _Search:
         self.axes, self.judge, self.least, self.width = axes, judge, least, width
         self.over, self.progress = over, progress
         self.points: dict[Choice, Point] = {}
+        self.alone: dict[Choice, Cost] = {}  # what single cuts cost in the first rounds, all together
         self.rungs: dict[int, list[int]] = {}  # levels of each axis that keep the answers alone and cost less
         self.refused: dict[Choice, str] = {}
         self.failed: list[Choice] = []
@@ -163,6 +164,7 @@ class _Search:
         if not passed:
             raise self._nothing(cuts)
         self._measure([*passed, *(c for c in self.points if self._baseline(c))])
+        self.alone = {c: cost for c in passed if (cost := self.points[c].cost) is not None}
         paying = [c for c in passed if self.points[c].ratio < 1]
         best = self._cheapest(paying or passed)
         if not paying:
@@ -257,9 +259,8 @@ class _Search:
         """Ratio, from what each cut alone left of each part of the original's cost."""
         parts = list(self.judge.whole)
         for cut in choice:
-            cost = self.points[(cut,)].cost
-            assert cost is not None
-            parts = [p * c / w for p, c, w in zip(parts, cost.parts, self.judge.whole, strict=True)]
+            left = self.alone[(cut,)].parts
+            parts = [p * c / w for p, c, w in zip(parts, left, self.judge.whole, strict=True)]
         return sum(parts)
 
     def _few(self, choices: Sequence[Choice]) -> list[Choice]:

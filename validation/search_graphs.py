@@ -58,6 +58,7 @@ class Graphs:
         self.original, self.roles, self.threads, self.progress = original, tuple(roles), threads, progress
         self.text_tokens, self.new_tokens = text_tokens, new_tokens
         self.most = max(1, _MEMORY // weights - 1)  # models beside the original
+        self.whole: tuple[float, ...] = ()  # parts of the original's time, from the first rounds; they add up to 1
         self._made: dict[Key, Made] = {}
 
     def costs(self, cuts: Sequence[Cut], runs: int) -> list[Cost]:
@@ -71,16 +72,12 @@ class Graphs:
             group = [self.original, *cuts[start : start + self.most]]
             samples = self._samples([self._keys(cut) for cut in group], runs)
             whole = samples[0].sum(axis=0)
-            for mine in samples[1:]:
-                parts = tuple(float(np.median(part / whole)) for part in mine)
+            first, *others = (np.median(mine / whole, axis=1) for mine in samples)
+            self.whole = self.whole or tuple((first / first.sum()).tolist())
+            for mine, middle in zip(samples[1:], others, strict=True):
+                parts = tuple((middle / first.sum()).tolist())
                 found.append(Cost(sum(parts), parts, float(np.median(mine.sum(axis=0)))))
         return found
-
-    def whole(self, runs: int) -> tuple[float, ...]:
-        """The parts of the original's time, which add up to 1."""
-        (samples,) = self._samples([self._keys(self.original)], runs)
-        parts = np.median(samples / samples.sum(axis=0), axis=1)
-        return tuple((parts / parts.sum()).tolist())
 
     def key(self, role: str, a: Anatomy) -> Key:
         """What a graph depends on."""

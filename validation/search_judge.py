@@ -100,7 +100,6 @@ class ModelJudge:
         self._resolved: dict[tuple[Pass, ...], Pass] = {}
         self._looked: dict[tuple[Pass, ...], Looked] = {}
         self._graphs: Graphs | None = None
-        self._whole: tuple[float, ...] = (1.0,)
         if self.objective.roles:
             self._graphs = Graphs(
                 self._timed(()), self.objective.roles, _bytes(loaded.model), text_tokens=text_tokens,
@@ -120,10 +119,8 @@ class ModelJudge:
 
     @property
     def whole(self) -> tuple[float, ...]:
-        """The parts of the original's cost, which add up to 1."""
-        if self._graphs is not None and self._whole == (1.0,):
-            self._whole = self._graphs.whole(self.runs[0])
-        return self._whole
+        """The parts of the original's cost, which add up to 1, from the rounds that were measured first."""
+        return (1.0,) if self._graphs is None else self._graphs.whole
 
     def refusal(self, choice: Choice) -> str | None:
         """Why a recipe cannot be planned, or None."""

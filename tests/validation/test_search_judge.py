@@ -249,7 +249,8 @@ def test_graphs_are_exported_once_for_their_shapes(
     assert said[-1] == "timing 7 graphs, 3 runs of each in turn"
     for cost in found:
         assert cost.ratio == pytest.approx(sum(cost.parts)) and len(cost.parts) == 2 and cost.value > 0
-    assert judge.whole[0] > 0 and sum(judge.whole) == pytest.approx(1)
+    assert min(judge.whole) > 0 and sum(judge.whole) == pytest.approx(1)
+    assert found[2].parts[0] == judge.whole[0]  # the tower is the original's: noise cannot say otherwise
     assert len(judge.costs([of(judge.axes, "uniform 8")], final=True)) == 1
     assert said[-1] == "timing 4 graphs, 4 runs of each in turn"
     assert sum(text.startswith("exporting") for text in said) == 7
