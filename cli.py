@@ -14,6 +14,7 @@ from vlmcut.errors import VlmcutError
 
 if TYPE_CHECKING:
     from vlmcut.pipeline import Plan
+    from vlmcut.surgery.anatomy import Anatomy
 
 app = typer.Typer(
     name="vlmcut",
@@ -446,42 +447,83 @@ def sweep(
     prune: Annotated[str | None, typer.Option("--prune", help="Fractions removed; 0.5,0.75,0.9 if not given.")] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image instead: 36,72.")] = None,
     quality: Annotated[
-        Path | None, typer.Option("--quality", help="Images and questions.jsonl; MODEL/heldout if not given.")
+        Path | None,
+        typer.Option(
+            "--quality", help="Images and questions.jsonl; MODEL/heldout if not given, with --search MODEL/calibration."
+        ),
     ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, help="How many of them, at most.")] = 500,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of the methods that draw.")] = 3,
     no_timing: Annotated[bool, typer.Option("--no-timing", help="Answers only; no graph is made.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search the cheapest combination of all passes that keeps the answers.")
+    ] = False,
+    min_quality: Annotated[
+        float | None, typer.Option("--min-quality", help="Of --search: right answers, of the original's; 0.98.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="Of --search: ttft (default), decode, size or flops.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="Of --search: then nothing new is asked; 30.")
+    ] = None,
+    beam: Annotated[
+        int | None, typer.Option("--beam", min=1, help="Of --search: recipes that grow at once; 4.")
+    ] = None,
+    confirm: Annotated[
+        Path | None, typer.Option("--confirm", help="Of --search: held-out questions; MODEL/heldout if not given.")
+    ] = None,
+    calibration: Calibration = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
     image_size: ImageSize = None,
     as_json: AsJson = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Try methods of choosing tokens at several budgets: answers, speed, and which of them beat a random choice."""
+    """Try methods of choosing tokens at several budgets; or --search the best combination of all passes."""
     from vlmcut import pipeline as api
     from vlmcut.exporters.staging import staged
-    from vlmcut.validation.sweep import Asked, run
-    from vlmcut.validation.sweep_plan import design
-    from vlmcut.validation.sweep_report import table, to_json, write
 
     sizes = _sizes(image_size)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    asked = {
+        "model": model, "quality": quality, "questions": questions, "seeds": seeds, "threads": threads, "sizes": sizes,
+        **hub,
+    }  # fmt: skip
+    tokens = {
+        "methods": () if methods is None else tuple(methods.split(",")),
+        "prune": () if prune is None else tuple(_numbers("--prune", prune.split(","), float)),
+        "keep": () if keep is None else tuple(_numbers("--keep", keep.split(","), int)),
+    }
+    only = {"min_quality": min_quality, "objective": objective, "minutes": minutes, "width": beam, "confirm": confirm,
+            "calibration": calibration}  # fmt: skip
+    given = {name: value for name, value in only.items() if value is not None}
+    if given and not search:
+        flag = next(iter(given)).replace("width", "beam").replace("_", "-")
+        raise typer.BadParameter(f"--{flag} goes with --search")
+    if search and no_timing:
+        raise typer.BadParameter("--no-timing does not go with --search: choose --objective flops or size")
+    from vlmcut.validation import search_report, search_run, sweep_report
+    from vlmcut.validation import sweep as sweeping
+    from vlmcut.validation.sweep_plan import design
+
+    def original() -> Anatomy:
+        return api.plan(api.Request(model=model, image_size=sizes, text_tokens=8, new_tokens=2, **hub)).before
+
     with staged(out) as folder:
-        asked = Asked(
-            model=model, quality=quality, questions=questions, seeds=seeds, timing=not no_timing, threads=threads,
-            sizes=sizes, **hub,
-        )  # fmt: skip
-        asked.folder  # noqa: B018  refused before a model is read
-        planned = api.plan(api.Request(model=model, image_size=sizes, text_tokens=8, new_tokens=2, **hub))
-        plan = design(
-            planned.before,
-            () if methods is None else methods.split(","),
-            prune=() if prune is None else _numbers("--prune", prune.split(","), float),
-            keep=() if keep is None else _numbers("--keep", keep.split(","), int),
-        )
-        found = run(asked, plan, _progress)
-        write(found, folder)
-    print(json.dumps(to_json(found), indent=1) if as_json else f"{table(found)}\n{out}")
+        if search:
+            wanted = search_run.Wanted(**asked, **tokens, **given)
+            wanted.check()  # before a model is read
+            best = search_run.run(wanted, original(), _progress)
+            search_report.write(best, folder)
+            data, text = search_report.to_json(best), search_report.summary(best)
+        else:
+            request = sweeping.Asked(**asked, timing=not no_timing)
+            request.folder  # noqa: B018  refused before a model is read
+            found = sweeping.run(request, design(original(), **tokens), _progress)
+            sweep_report.write(found, folder)
+            data, text = sweep_report.to_json(found), sweep_report.table(found)
+    print(json.dumps(data, indent=1) if as_json else f"{text}\n{out}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ its eager model is a fault.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 from ..errors import VlmcutError
 from ..passes.calibration import read_questions
 from ..passes.lessons import alike, read
-from ..prompt import Prompt, Prompter, open_image
+from ..prompt import Picture, Prompt, Prompter, open_image
 from ..runtime.bundle import Bundle
 from ..surgery.load import Loaded, describe
-from ..surgery.talk import greedy, see_all, stop_ids
+from ..surgery.selection import attached
+from ..surgery.talk import greedy, see_picture, stop_ids
 from ..surgery.vision import Seen
 
 ANSWER = 48  # tokens, at most
@@ -58,7 +60,29 @@ def read_set(loaded: Loaded, folder: Path, limit: int | None = None) -> list[Que
 
 def eager_answers(loaded: Loaded, questions: Sequence[Question], new_tokens: int = ANSWER) -> list[str]:
     """Greedy answers of the eager model."""
-    return say(loaded, [see_all(loaded.model, q.prompt) for q in questions], new_tokens)
+    return say(loaded, looks(loaded.model, questions), new_tokens)
+
+
+def looks(model: Any, questions: Sequence[Question]) -> list[tuple[Prompt, list[Seen]]]:
+    """Prompts shrunk to what the model keeps, with what their pictures became: each picture is looked at once."""
+    selection = attached(model).selection
+    asks = selection is not None and selection.selector.text
+    done: dict[bytes, Seen] = {}
+    found = []
+    for question in questions:
+        seen = []
+        for picture in question.prompt.pictures:
+            key = content(picture) + (picture.question.tobytes() if asks else b"")
+            if key not in done:
+                done[key] = see_picture(model, picture)
+            seen.append(done[key])
+        found.append((question.prompt.shrink([s.kept.numpy() for s in seen]), seen))
+    return found
+
+
+def content(picture: Picture) -> bytes:
+    """Equal for equal pictures."""
+    return hashlib.sha256(picture.pixel_values.tobytes() + repr(sorted(picture.geometry.items())).encode()).digest()
 
 
 def say(loaded: Loaded, looked: Sequence[tuple[Prompt, Sequence[Seen]]], new_tokens: int = ANSWER) -> list[str]:

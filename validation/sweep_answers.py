@@ -6,7 +6,6 @@ the language model reads the rest. Methods inside the tower look for themselves.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from ..surgery.selection import Selection, Selector, TowerState, attached
 from ..surgery.talk import see_picture
 from ..surgery.vision import Seen, chosen, look, prepare, read_question
 from . import quality
-from .quality import Question
+from .quality import Question, content
 from .sweep_plan import ORIGINAL, Cell, Design, Progress, applied
 
 _CACHE = 1 << 30  # bytes of tower outputs that are held at once
@@ -162,11 +161,6 @@ class Chunk:
         if cell is None or cell.method in self.cached:
             return choose(self.model, self.looks[content(picture)], picture)
         return see_picture(self.model, picture)
-
-
-def content(picture: Picture) -> bytes:
-    """Equal for equal pictures."""
-    return hashlib.sha256(picture.pixel_values.tobytes() + repr(sorted(picture.geometry.items())).encode()).digest()
 
 
 class Chunks:

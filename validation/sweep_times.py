@@ -99,7 +99,7 @@ class _Rounds:
         progress: Progress,
     ) -> None:
         self.cells, self.plan = cells, plan
-        self.calls: dict[tuple[str, Any], _Call] = {}
+        self.calls: dict[tuple[str, Any], Call] = {}
         quantized, largest = describe(model).quantized, int(np.argmax(plan.tokens))
         with tempfile.TemporaryDirectory() as place:
             made: dict[tuple[str, Any], Component] = {}
@@ -119,7 +119,7 @@ class _Rounds:
                             weights.save(onnx.export(component, model, Contrib()), f"{len(made)}.onnx")
                             made[key] = component
             for number, (key, component) in enumerate(made.items()):
-                self.calls[key] = _Call(component, open_session(Path(place) / f"{number}.onnx", threads=threads))
+                self.calls[key] = Call(component, open_session(Path(place) / f"{number}.onnx", threads=threads))
 
     def _keep(self, cell: Cell | None) -> Keep:
         return self.plan.tokens if cell is None else cell.keep
@@ -142,7 +142,7 @@ class _Rounds:
         return found
 
 
-class _Call:
+class Call:
     """One graph with inputs of its own; what a language model remembers is bound in place, as in a bundle."""
 
     def __init__(self, component: Component, session: ort.InferenceSession) -> None:
