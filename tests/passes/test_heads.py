@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from vlmcut import pipeline
 from vlmcut.errors import PassError
+from vlmcut.manifest import TokenBudget
 from vlmcut.passes.base import PARTS
 from vlmcut.passes.calibration import Calibration, read_calibration
 from vlmcut.passes.drop_heads import DropHeads
@@ -24,7 +25,8 @@ from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
 from vlmcut.pipeline import Request
 from vlmcut.surgery import tiny as tiny_models
-from vlmcut.surgery.anatomy import Anatomy, costs, kv_bytes
+from vlmcut.surgery.anatomy import Anatomy
+from vlmcut.surgery.costs import costs, kv_bytes
 from vlmcut.surgery.heads import bound
 from vlmcut.surgery.load import describe, locate
 from vlmcut.surgery.structure import find_attention, kv_heads, output_name, query_heads
@@ -213,7 +215,8 @@ def test_layers_of_a_global_ranking_differ(tiny) -> None:
     assert found.language.kv_heads == (1, 3, 3) and found.language.heads == (2, 6, 6)
     planned = make([step]).plan(a)
     assert sum(planned.language.kv_heads) == 7 and recipe.plan(a).language == found.language
-    assert costs(planned)[2] == costs(found)[2] and kv_bytes(planned, 20) == kv_bytes(found, 20)
+    twenty = TokenBudget(images=0, visual_tokens=1, text_tokens=18, new_tokens=2)
+    assert costs(planned)[2] == costs(found)[2] and kv_bytes(planned, twenty) == kv_bytes(found, twenty)
 
 
 def test_a_plan_of_unequal_layers_adds_up() -> None:

@@ -24,7 +24,7 @@ from vlmcut.passes.trim_vocabulary import TrimVocabulary, named, special
 from vlmcut.pipeline import Request
 from vlmcut.prompt import Prompt
 from vlmcut.surgery import tiny as tiny_models
-from vlmcut.surgery.anatomy import costs
+from vlmcut.surgery.costs import costs
 from vlmcut.surgery.families import family_of
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.selection import attached
