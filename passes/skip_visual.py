@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from ..errors import PassError, nearest
+from ..prompt import Prompt
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import locate
 from ..surgery.neurons import find_mlp
 from ..surgery.selection import attached
 from ..surgery.talk import Talk, see_all
+from ..surgery.vision import Seen
 from .base import Pass
-from .calibration import Calibration
+from .calibration import MEASURED, Calibration
 from .inside.methods import METHODS
 from .tokens.method import parse
 
@@ -68,7 +70,7 @@ class SkipVisual(Pass):
                 f"{self.name}: count={self.count}, but visual tokens can skip {len(free)} of {language.layers} layers",
                 hint=f"choose 1 to {len(free)}" if free else "leave this pass out",
             )
-        layers = self.layers if self.layers is not None else free[: self.count]  # counts are what matters here
+        layers = self.layers if self.layers is not None else free[-self.count :]  # the last one is taken first
         if len(set(layers)) != self.count or not set(layers) <= set(free):
             raise PassError(
                 f"{self.name}: layers={list(layers)} must be {self.count} different ones of {list(free)}",
@@ -112,35 +114,38 @@ def visual_change(model: Any, what: str, layers: Sequence[int], calibration: Cal
     For `apart` it is the whole layer too: how far attention to other visual tokens moves them is not told apart.
     """
     blocks: Any = locate(model).language_layers
-    sums, columns = dict.fromkeys(layers, 0.0), 0
-    length, seen = [torch.zeros(0)] * len(blocks), torch.zeros(0)
+    looked = [see_all(model, prompt) for prompt in calibration.prompts[:MEASURED]]
+    columns = [_visual(model, shrunk, pictures) for shrunk, pictures in looked]
+    sums, moved, seen = dict.fromkeys(layers, 0.0), dict[int, Tensor](), columns[0]
 
-    def enter(index: int, x: Tensor) -> None:
-        length[index] = x[0][seen].double().norm(dim=-1).clamp(min=1e-30)
-
-    def add(index: int, moved: Tensor) -> None:
-        sums[index] += float((moved[0][seen].double().norm(dim=-1) / length[index]).sum())
+    def leave(index: int, args: Any, out: Any) -> None:
+        change = moved[index] if what == "mlp" else (out[0] if isinstance(out, tuple) else out) - args[0]
+        far, stream = (x[0][seen[index]].double().norm(dim=-1) for x in (change, args[0]))
+        sums[index] += float((far / stream.clamp(min=1e-30)).sum())
 
     hooks = []
-    for i, block in [(i, blocks[i]) for i in layers]:
-        hooks.append(block.register_forward_pre_hook(lambda _, args, i=i: enter(i, args[0])))
-        mlp = find_mlp(block) if what == "mlp" else None
+    for i in layers:
+        mlp = find_mlp(blocks[i]) if what == "mlp" else None
         if mlp is not None:
-            hooks.append(mlp.module.register_forward_hook(lambda _, args, out, i=i: add(i, out)))
-        else:
-            hooks.append(
-                block.register_forward_hook(
-                    lambda _, args, out, i=i: add(i, (out[0] if isinstance(out, tuple) else out) - args[0])
-                )
-            )
+            hooks.append(mlp.module.register_forward_hook(lambda _, args, out, i=i: moved.update({i: out})))
+        hooks.append(blocks[i].register_forward_hook(lambda _, args, out, i=i: leave(i, args, out)))
     try:
-        for prompt in calibration.prompts:
-            shrunk, pictures = see_all(model, prompt)
-            seen = torch.from_numpy(shrunk.visual_index[0] >= 0)
-            columns += int(seen.sum())
+        for (shrunk, pictures), seen in zip(looked, columns, strict=True):  # noqa: B007  `leave` reads it
             Talk.read(model, [shrunk], [pictures])
     finally:
         for hook in hooks:
             hook.remove()
     last = len(blocks) - 1  # nobody reads what becomes of visual columns there
-    return {i: 0.0 if i == last else total / max(columns, 1) for i, total in sums.items()}
+    return {i: 0.0 if i == last else total / sum(int(one[i].sum()) for one in columns) for i, total in sums.items()}
+
+
+def _visual(model: Any, prompt: Prompt, pictures: Sequence[Seen]) -> list[Tensor]:
+    """Which of the columns that each language layer sees are visual, bool [S]."""
+    visual, inside = torch.from_numpy(prompt.visual_index[0] >= 0), attached(model).inside
+    ladder = inside.ladder if inside else ()
+    kept = Talk.read(model, [prompt], [pictures]).kept if ladder else ()
+    found = []
+    for layer in range(len(locate(model).language_layers)):
+        passed = [places[0] for rung, places in zip(ladder, kept, strict=True) if rung.layer <= layer]
+        found.append(visual[passed[-1]] if passed else visual)
+    return found

@@ -78,8 +78,8 @@ def axes(
         Axis("language heads", _shares("drop-heads", "language", "heads", lm.kv_heads)),
         Axis("language neurons", _shares("drop-neurons", "language", "neurons", lm.intermediate)),
         *_inside(lm),
-        Axis("visual tokens skip MLPs", _skips("mlp", lm.layers)),
-        Axis("visual tokens skip layers", _skips("layer", lm.layers)),
+        Axis("visual tokens skip MLPs", _skips("mlp", lm.layers), slot="skip"),
+        Axis("visual tokens skip layers", _skips("layer", lm.layers), slot="skip"),
         Axis("vision int8", (Level("vision int8", {"name": "quantize", "parts": ["vision"]}),)),
         Axis("language int8", (Level("language int8", {"name": "quantize", "parts": ["language"]}),)),
     ), plan.refused

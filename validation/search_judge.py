@@ -11,8 +11,10 @@ from typing import Any
 from ..errors import PassError, VlmcutError
 from ..passes.base import Pass
 from ..passes.calibration import Calibration
+from ..passes.prune_inside import PruneInside
 from ..passes.quantize import Quantize
 from ..passes.recipe import Recipe
+from ..passes.skip_visual import SkipVisual
 from ..prompt import Prompt
 from ..surgery.costs import costs
 from ..surgery.load import Loaded, describe, state_dict
@@ -195,6 +197,8 @@ class ModelJudge:
 
 def _of_language(step: Pass) -> bool:
     """Whether a pass leaves what the pictures become as it is."""
+    if isinstance(step, PruneInside | SkipVisual):
+        return True
     return getattr(step, "part", None) == "language" or (isinstance(step, Quantize) and step.parts == ("language",))
 
 

@@ -156,16 +156,26 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, tiny, prom
 
 
 def test_layers_are_chosen_by_what_they_do_to_visual_columns(tiny, prompt) -> None:
-    """A layer whose MLP gives visual columns nothing goes first."""
+    """A layer whose MLP gives visual columns nothing goes first, behind the last one, which is free."""
     loaded = tiny("llava")
     block: Any = locate(loaded.model).language_layers[1]
     with torch.no_grad():
         block.mlp.down_proj.weight.mul_(1e-3)
     calibration = read_calibration(loaded, None)
     change = visual_change(loaded.model, "mlp", (0, 1, 2), calibration)
-    assert min(change, key=lambda i: change[i]) == 1
-    recipe = make([SkipVisual(what="mlp", count=1)]).apply(loaded.model, calibration)
-    assert recipe.passes[-1] == SkipVisual(what="mlp", count=1, layers=(1,))
+    assert change[2] == 0 < change[1] < change[0]
+    recipe = make([SkipVisual(what="mlp", count=2)]).apply(loaded.model, calibration)
+    assert recipe.passes[-1] == SkipVisual(what="mlp", count=2, layers=(1, 2))
+
+
+def test_layers_behind_a_rung_are_measured_on_who_is_left(tiny) -> None:
+    loaded = tiny("llava")
+    calibration = read_calibration(loaded, None)
+    whole = visual_change(loaded.model, "mlp", (0, 1), calibration)
+    make([PruneInside(method="uniform", layers=(1,), share=(0.5,))]).apply(loaded.model, None)
+    cut = visual_change(loaded.model, "mlp", (0, 1), calibration)
+    assert cut[0] == whole[0] and cut[1] != whole[1]
+    assert cut[1] == pytest.approx(whole[1], rel=0.5)  # a mean over half of the columns
 
 
 def test_the_last_layer_is_free(tiny, prompt) -> None:
