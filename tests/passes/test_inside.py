@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from vlmcut import pipeline
 from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
@@ -27,6 +28,7 @@ from vlmcut.passes.prune_inside import PruneInside, from_flags, usual_ladder
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
 from vlmcut.passes.skip_visual import SkipVisual
+from vlmcut.pipeline import Request
 from vlmcut.prompt import Prompt
 from vlmcut.runtime.sessions import Graphs
 from vlmcut.surgery import inside
@@ -413,6 +415,13 @@ def test_deepstack_comes_before_the_first_rung(tiny) -> None:
 def test_a_convolution_between_layers_is_refused(tiny) -> None:
     with pytest.raises(PassError, match="layer 0 mixes neighbouring columns"):
         PruneInside(layers=(1,), share=(0.5,)).plan(describe(tiny("lfm2_vl").model))
+
+
+def test_a_window_shorter_than_the_cache_is_refused() -> None:
+    request = Request(model="tiny:gemma3", inside="fastv", ladder=((1, 0.5),), text_tokens=24, new_tokens=8)
+    with pytest.raises(PassError, match="sliding layers of `gemma3` see 16 columns back, the cache has 36") as error:
+        pipeline.plan(request)
+    assert "--text-tokens" in (error.value.hint or "")
 
 
 def test_order_rules(tiny) -> None:
