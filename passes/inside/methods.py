@@ -17,8 +17,8 @@ from ..tokens.merge import assign, one_hot
 from ..tokens.method import Options, parse
 from ..tokens.scores import density_peaks, unit, wide
 from ..tokens.select import mark
-from . import scores
-from .method import Method
+from . import ladders, scores
+from .method import Measured, Method
 
 _SEEDED = 1 << 16  # columns that have a random number
 
@@ -65,10 +65,7 @@ def _sparsevlm(state: LayerState, keep: int, options: Options) -> Going:
 
 
 def _fitprune(state: LayerState, keep: int, options: Options) -> Going:
-    assert state.before is not None
-    rows = state.attention(state.before).amax(dim=0)
-    cross = scores.looked_at(rows, scores.text(state))
-    own = scores.looked_at(rows, state.columns.visual[0]) / state.columns.visual.sum().clamp(min=1)
+    cross, own = scores.masses(state)
     return Going(state.top(scores.visual(state, cross * own), keep))
 
 
@@ -169,9 +166,12 @@ METHODS: dict[str, Method] = {
         summary="product of the attention from text and from other visual tokens, largest of the heads",
         choose=_fitprune,
         usual=((1 / 32, 0.8), (2 / 32, 0.6), (3 / 32, 0.4)),
+        options={"work": 0.0},
+        measured=Measured("work", ladders.expect_fit, ladders.find_fit),
         before=True,
-        differs="tokens leave at the entry of the next layer, whose cache is the first that lacks them, as in the "
-        "paper; the output projection and MLP before still see them",
+        differs="work=R measures the ladder, of few rungs; the usual one is ours; tokens leave at the "
+        "entry of the next layer, whose cache is the first that lacks them, as in the paper; the output projection and "
+        "MLP before still see them",
     ),
     "visiondrop": Method(
         title="VisionDrop",
@@ -216,7 +216,9 @@ METHODS: dict[str, Method] = {
         summary="no visual token goes on",
         choose=None,
         usual=((1 / 2, 0.0),),
-        differs="the layer is fixed, not decided for each prompt",
+        options={"tolerance": 0.0},
+        measured=Measured("tolerance", ladders.expect_exit, ladders.find_exit),
+        differs="the layer is one for all prompts: given, or measured with tolerance=T",
     ),
 }
 

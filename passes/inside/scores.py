@@ -37,6 +37,16 @@ def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows * wide(weight)[:, None]).sum(dim=-2)
 
 
+def masses(state: LayerState) -> tuple[Tensor, Tensor]:
+    """Attention in the layer before from text behind the image, summed, and from visual tokens, its mean: [S] each.
+
+    Of each pair the largest of the heads (FitPrune, arXiv:2409.10197).
+    """
+    assert state.before is not None
+    rows, seen = state.attention(state.before).amax(dim=0), state.columns.visual
+    return looked_at(rows, text(state)), looked_at(rows, seen[0]) / seen.sum().clamp(min=1)
+
+
 def raters(state: LayerState) -> Tensor:
     """Text columns that visual tokens find in themselves more than on average: bool [S].
 
