@@ -73,6 +73,11 @@ class PruneInside(Pass):
             )
         if language.stiff is not None:
             raise PassError(f"{self.name}: no token can leave inside `{a.family}`: {language.stiff}")
+        if row.neurons and language.solid is not None:
+            raise PassError(
+                f"{self.name}: `{self.method}` looks at neurons of `{a.family}`: {language.solid}",
+                hint="choose a method that looks at attention, fastv for one",
+            )
         ladder = self.ladder(a)
         self._check_layers(ladder, language.levels, language.layers)
         self._check_shares(row, ladder)

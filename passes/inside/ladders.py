@@ -63,7 +63,7 @@ def expect_exit(a: Anatomy, options: Options) -> tuple[Rung, ...]:
 class _Nobody:
     """Of a ladder of which no rung keeps a token."""
 
-    method, before = "exit", False
+    method, before, neurons = "exit", False, False
 
     def __call__(self, state: LayerState, keep: int) -> Going:
         raise AssertionError("nobody is chosen")
@@ -115,7 +115,7 @@ class Watcher:
 
     cross: list[Tensor] = field(default_factory=list)  # [N] for each rung: from text
     own: list[Tensor] = field(default_factory=list)  # from visual tokens
-    method, before = "fitprune", True
+    method, before, neurons = "fitprune", True, False
 
     def __call__(self, state: LayerState, keep: int) -> Going:
         seen = state.columns.visual[0]

@@ -36,5 +36,6 @@ class Method:
     options: Options = field(default_factory=dict)  # name -> default, whose type is the option's
     measured: Measured | None = None
     before: bool = False  # whether it wants queries and keys of the layer before the rung
+    neurons: bool = False  # whether it wants the neurons of that layer's MLP
     ranked: bool = True  # its choice of few is the head of its choice of many; if not, prompts have one image
     differs: str = ""  # from the paper

@@ -15,8 +15,8 @@ from ...surgery.inside import Going, LayerState
 from ...surgery.picking import topk
 from ..tokens.merge import assign, one_hot
 from ..tokens.method import Options, parse
-from ..tokens.scores import density_peaks, unit, wide
-from ..tokens.select import mark
+from ..tokens.scores import cosine_distance, density_peaks, unit, wide
+from ..tokens.select import mark, max_min
 from . import ladders, scores
 from .method import Measured, Method
 
@@ -117,6 +117,28 @@ def _dart(state: LayerState, keep: int, options: Options) -> Going:
     return Going(torch.cat(chosen, dim=1))
 
 
+def _core(state: LayerState, keep: int, options: Options) -> Going:
+    return Going(state.top(scores.visual(state, scores.in_common(state)), keep))
+
+
+def _vlapruner(state: LayerState, keep: int, options: Options) -> Going:
+    assert state.before is not None
+    rows = state.attention(state.before).mean(dim=0)
+    whole, last = scores.looked_at(rows, state.columns.real[0]), rows.index_select(0, state.last)[0]
+    ours = [mark(topk(scores.visual(state, score), keep), state.columns.count) for score in (whole, last)]
+    union = ours[0] | ours[1]
+    distance = cosine_distance(state.embedded)
+    position = torch.arange(state.columns.count)
+    others = union[:, None] & (position[:, None] != position)
+    gain = max_min(distance, torch.where(others, distance, math.inf).amin(dim=-1))
+    value, taken = next(gain), []
+    for step in range(keep):
+        if step:
+            value = gain.send(taken[-1])
+        taken.append(state.top(torch.where(union, value, -math.inf), 1))
+    return Going(torch.cat(taken, dim=1))
+
+
 def _random(state: LayerState, keep: int, options: Options) -> Going:
     numbers = torch.from_numpy(np.random.default_rng(options["seed"]).random(_SEEDED, dtype=np.float32))
     return Going(state.top(scores.visual(state, numbers[state.columns.place[0]]), keep))
@@ -195,6 +217,28 @@ METHODS: dict[str, Method] = {
         ranked=False,
         differs="what does not divide by the pivots goes to the first of them, so that the number is exact",
     ),
+    "core": Method(
+        title="CoreMatching",
+        source="arXiv:2505.19235",
+        summary="neurons of the layer before that are active in a token and in the prompt's last column, a count",
+        choose=_core,
+        usual=((5 / 32, 0.25),),
+        neurons=True,
+        differs="the number of tokens is fixed, not where the sorted counts bend, the usual share is ours; the last "
+        "column asks, its code takes the fifth from the end; tokens leave, its code zeroes their keys and values in "
+        "some layers; no neuron leaves",
+    ),
+    "vlapruner": Method(
+        title="VLA-Pruner",
+        source="arXiv:2511.16449",
+        summary="of those with most attention from all columns or from the last one, the ones that differ most",
+        choose=_vlapruner,
+        usual=((3 / 32, 0.25),),
+        before=True,
+        ranked=False,
+        differs="the last column of the prompt stands for the action tokens of earlier steps, of which no host keeps a "
+        "state; both in the layer before",
+    ),
     "random": Method(
         title="Random",
         source="baseline",
@@ -236,6 +280,10 @@ class TableLeaver:
     @property
     def before(self) -> bool:
         return self._parsed[0].before
+
+    @property
+    def neurons(self) -> bool:
+        return self._parsed[0].neurons
 
     def __call__(self, state: LayerState, keep: int) -> Going:
         row, options = self._parsed

@@ -25,6 +25,16 @@ def asked(state: LayerState, tap: Tap) -> Tensor:
     return state.attention(tap, state.last)[:, 0].mean(dim=0)
 
 
+def in_common(state: LayerState) -> Tensor:
+    """Neurons of the layer before that are active in a column and in the last one of the prompt, a count: [S].
+
+    Active is above 0. CoreMatching, arXiv:2505.19235.
+    """
+    assert state.neurons is not None
+    active = (state.neurons[0] > 0).to(torch.float32)  # float16 cannot count beyond 2048
+    return active @ active.index_select(0, state.last)[0]
+
+
 def text(state: LayerState) -> Tensor:
     """Real columns that are no image, and stand behind the first visual one: bool [S]."""
     columns = state.columns
