@@ -268,6 +268,8 @@ def _apply(request: Request, planned: Plan, loaded: Loaded, progress: Progress) 
     done = planned.recipe.apply(loaded.model, calibration)
     if describe(loaded.model) != done.plan(planned.before):  # which knows what was measured
         raise PassError("the cut model is not what was planned", hint="report this as a bug")
+    for keep in planned.keeps:  # a measured ladder may suit one number of tokens and not another
+        done.keeping(keep).plan(planned.before)
     for step in done.passes:
         if isinstance(step, Heal):
             notes["heal"] = step.report()
@@ -322,6 +324,8 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
         answers["original"] = quality.eager_answers(loaded, questions, most)
     _, recipe, notes = _apply(request, planned, loaded, progress)
     model = loaded.model.to(DTYPES[request.dtype])
+    a = describe(model)
+    budgets = tuple(dataclasses.replace(budget, ladder=a.ladder) for budget in planned.budgets)  # it may be measured
     if questions:
         progress("answering with the cut model")
         if planned.recipe.heals:  # the weights were trained in place
@@ -332,7 +336,7 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
     with staged(out) as folder:
         graphs = write_graphs(
             model,
-            planned.budgets,
+            budgets,
             planned.keeps,
             for_target(request.target),
             folder,
@@ -340,7 +344,6 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
         )
         _save_processor(loaded, folder)
         (folder / "recipe.toml").write_text(recipe.to_toml())
-        a = describe(model)
         manifest = Manifest(
             source=loaded.source,
             recipe=recipe.tables(),
@@ -348,7 +351,7 @@ def convert(request: Request, out: Path, progress: Progress = lambda _: None) ->
             dtype=request.dtype,
             layout=a.layout,
             buckets=a.buckets,
-            budgets=planned.budgets,
+            budgets=budgets,
             graphs=graphs,
             tools=tools(),
             anatomy=a.to_json() | notes,

@@ -155,14 +155,17 @@ def passes() -> str:
         lines.append(f"  {name:<13} {p['summary']}\n                keys: {keys}; {p['source']}")
     lines.append("methods of prune-tokens")
     for name, m in found["methods"].items():
-        options = ":".join(f"{key}={_option(value)}" for key, value in m["options"].items())
-        behind = f"; options {options}" if options else ""
-        lines.append(f"  {name:<16} {m['summary']}\n{'':19}{m['stage']}; {m['source']}{behind}")
+        lines.append(f"  {name:<16} {m['summary']}\n{'':19}{m['stage']}; {m['source']}{_behind(m['options'])}")
     lines.append("methods of prune-inside, and where tokens leave when no ladder is given: share from depth on")
     for name, m in found["inside"].items():
         ladder = ", ".join(f"{share:.2g} from {depth:.2g}" for depth, share in m["usual"])
-        lines.append(f"  {name:<16} {m['summary']}\n{'':19}{ladder}; {m['source']}")
+        lines.append(f"  {name:<16} {m['summary']}\n{'':19}{ladder}; {m['source']}{_behind(m['options'])}")
     return "\n".join(lines)
+
+
+def _behind(options: dict[str, Any]) -> str:
+    found = ":".join(f"{key}={_option(value)}" for key, value in options.items())
+    return f"; options {found}" if found else ""
 
 
 def _option(value: Any) -> str:

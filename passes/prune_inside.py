@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..errors import PassError
 from ..manifest import Rung
@@ -17,9 +17,10 @@ from ..surgery.anatomy import Anatomy, Idle
 from ..surgery.inside import Inside
 from ..surgery.selection import attached
 from .base import Pass
-from .inside.method import Method
+from .calibration import Calibration
+from .inside.method import Measured, Method
 from .inside.methods import METHODS, TableLeaver
-from .tokens.method import parse
+from .tokens.method import Options, parse
 
 
 def usual_ladder(row: Method, layers: int, levels: int = 0) -> tuple[Rung, ...]:
@@ -43,13 +44,15 @@ class PruneInside(Pass):
     source: ClassVar[str] = "see the methods"
 
     method: str = "fastv"  # with options as name:option=value:…
-    layers: tuple[int, ...] | None = None  # at whose entry tokens leave, ascending; the method's own if absent
+    layers: tuple[int, ...] | None = None  # at whose entry tokens leave, ascending; if absent the method's, or measured
     share: tuple[float, ...] | None = None  # of those that entered the language model: what goes on; goes with `layers`
 
     def ladder(self, a: Anatomy) -> tuple[Rung, ...]:
         """Where how many leave, written out."""
         row, _ = parse(self.method, METHODS, self.name)
         if self.layers is None and self.share is None:
+            if (measured := self._measured) is not None:
+                return measured.expect(a, self._options)
             return usual_ladder(row, a.language.layers, a.language.levels)
         layers, share = self.layers or (), self.share or ()
         if len(layers) != len(share) or not layers:
@@ -70,6 +73,11 @@ class PruneInside(Pass):
             )
         if language.stiff is not None:
             raise PassError(f"{self.name}: no token can leave inside `{a.family}`: {language.stiff}")
+        if row.neurons and language.solid is not None:
+            raise PassError(
+                f"{self.name}: `{self.method}` looks at neurons of `{a.family}`: {language.solid}",
+                hint="choose a method that looks at attention, fastv for one",
+            )
         ladder = self.ladder(a)
         self._check_layers(ladder, language.levels, language.layers)
         self._check_shares(row, ladder)
@@ -80,7 +88,9 @@ class PruneInside(Pass):
                     raise PassError(
                         f"{self.name}: share={rung.share:g} of {keep} tokens of an image of {bucket.name} pixels "
                         f"leaves {stay} behind layer {rung.layer}, where {before} arrive",
-                        hint=f"choose a share of at most {(before - 1) / keep:.3f}, or leave this layer out",
+                        hint=f"choose less {self._measured.option}"
+                        if self._measured
+                        else f"choose a share of at most {(before - 1) / keep:.3f}, or leave this layer out",
                     )
                 before = stay
         return replace(a, inside=self.method, ladder=ladder)
@@ -118,6 +128,27 @@ class PruneInside(Pass):
             )
 
     @property
+    def _options(self) -> Options:
+        return parse(self.method, METHODS, self.name)[1]
+
+    @property
+    def _measured(self) -> Measured | None:
+        """How the ladder is found, where nobody gave it and the method's option asks for it."""
+        row, options = parse(self.method, METHODS, self.name)
+        given = self.layers is not None or self.share is not None
+        return row.measured if row.measured and not given and options[row.measured.option] else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self._measured is not None
+
+    def resolve(self, model: Any, a: Anatomy, calibration: Calibration) -> Self:
+        if self._measured is None:
+            return self
+        ladder = self._measured.find(model, a, calibration, self._options)
+        return replace(self, layers=tuple(r.layer for r in ladder), share=tuple(r.share for r in ladder))
+
+    @property
     def ranked(self) -> bool:
         """Whether prompts may have fewer images than their budget has room for."""
         return parse(self.method, METHODS, self.name)[0].ranked
@@ -126,6 +157,8 @@ class PruneInside(Pass):
         ladder = self.ladder(a)
         steps = ", ".join(f"{rung.stay(max(a.keep))} from layer {rung.layer}" for rung in ladder)
         found = [f"{self.method}: of {max(a.keep)} visual tokens go on {steps} of {a.language.layers}"]
+        if self.needs_calibration:
+            found.append(f"{self.method}: where how many leave is measured; the plan says what it expects")
         if any(rung.share for rung in ladder):
             found.append(
                 f"{self.method} depends on the prompt: later turns of a conversation see what the first one left"
@@ -149,8 +182,14 @@ def from_flags(
         if any(share for _, share in rungs):
             raise PassError("--ladder keeps tokens, and nothing says which", hint="add --inside fastv")
         method = "exit"
-    elif exit_layer is not None and not rungs:
-        usual = usual_ladder(parse(method, METHODS, "--inside")[0], layers, levels)
+    row, options = parse(method, METHODS, "--inside")
+    if row.measured and options[row.measured.option] and (rungs or exit_layer is not None):
+        raise PassError(
+            f"--inside {method}: {row.measured.option} asks for a measured ladder, and --ladder or --exit gives one",
+            hint=f"leave one of them out; {method.partition(':')[0]} alone takes a ladder that is given",
+        )
+    if exit_layer is not None and not rungs and row.choose is not None:
+        usual = usual_ladder(row, layers, levels)
         rungs = [(rung.layer, rung.share) for rung in usual if rung.layer < exit_layer]
     if exit_layer is not None:
         rungs.append((exit_layer, 0.0))

@@ -82,11 +82,14 @@ class SkipVisual(Pass):
     def candidates(self, a: Anatomy) -> tuple[int, ...]:
         """Layers in which visual columns may skip it.
 
-        Not those where they do less already, nor, in halves, those whose queries and keys choose who goes on.
+        Not those where they do less already, nor those whose queries, keys or neurons choose who goes on.
         """
         taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart}
-        if self.what != "mlp" and a.inside is not None and parse(a.inside, METHODS, self.name)[0].choose is not None:
+        row = None if a.inside is None else parse(a.inside, METHODS, self.name)[0]
+        if row is not None and row.choose is not None and self.what != "mlp":
             taken |= {layer for rung in a.ladder if rung.share for layer in (rung.layer - 1, rung.layer)}
+        if row is not None and row.neurons:
+            taken |= {rung.layer - 1 for rung in a.ladder if rung.share}
         last = a.ladder[-1].layer if a.ladder and not a.ladder[-1].share else a.language.layers
         return tuple(i for i in range(a.language.layers) if i not in taken and i < last)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..manifest import Rung
+from .neurons import find_mlp
 from .picking import Picker, topk
 from .rows import AXES, BESIDE, Split, idling, of_columns, of_columns_by_name, take
 from .selection import Tap, attached
@@ -78,6 +79,7 @@ class LayerState:
     visual: int  # visual columns; of a graph, at most
     norm: Callable[[Tensor], Tensor]  # behind the last layer
     before: Tap | None  # q and k of the layer before; None where it was not asked for
+    neurons: Tensor | None  # of the MLP of the layer before, [1, S, neurons]; None where they were not asked for
     own: Callable[[Tensor | None], Tap]  # those that the layer itself would make of `x`; q of one column [1], or of all
     pick: Picker = Picker()  # noqa: RUF009  (has no state)
 
@@ -132,6 +134,11 @@ class Leaver(Protocol):
         """Whether it wants the queries and keys of the layer before a rung."""
         ...
 
+    @property
+    def neurons(self) -> bool:
+        """Whether it wants the neurons of that layer's MLP."""
+        ...
+
     def __call__(self, state: LayerState, keep: int) -> Going:
         """Who goes on, `keep` columns, at least 1; every one is picked by `state.top`, or constant."""
         ...
@@ -166,6 +173,14 @@ class Landing:
     left: Tensor  # int64 [1]: visual columns that have left so far
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a leaver wants of the layer before a rung; None for nothing."""
+
+    calls: Calls | None
+    neurons: Tensor | None  # [B, S, neurons]
+
+
 Own = Callable[["Tensor | None"], Calls]  # the q and k of a layer: q of one column [1], or of all
 
 
@@ -176,9 +191,12 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
     parts = about.family.locate(model)
     layers = list(parts.language_layers)
     ladder = about.inside.ladder if about.inside else ()
-    wanted = {rung.layer - 1 for rung in ladder if rung.share and about.inside.leaver.before}
-    attentions = {i: find_attention(layers[i]) for i in wanted}
+    asking = {rung.layer - 1 for rung in ladder if rung.share}
+    attentions = {i: find_attention(layers[i]) for i in asking if about.inside.leaver.before}
+    neurons: dict[int, Tensor] = {}
     with ExitStack() as stack:
+        for i in asking if about.inside and about.inside.leaver.neurons else ():
+            stack.callback(_watch_neurons(layers[i], i, neurons).remove)
         stack.enter_context(idling(layers, parts.language.config, about.idle, passage))
         taps = stack.enter_context(tapping(attentions))
         for index in range(ladder[0].layer, len(layers)) if ladder else ():
@@ -187,8 +205,8 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
             def hook(module: Any, args: Any, kwargs: Any, rung: int | None = rung, index: int = index) -> Any:
                 x, *rest = args
                 if rung is not None:
-                    calls = taps.get(index - 1)
-                    x = passage.leave(x, rung, calls, lambda query: passage.peek(module, x, rest, kwargs, query))
+                    before = Before(taps.get(index - 1), neurons.get(index - 1))
+                    x = passage.leave(x, rung, before, lambda query: passage.peek(module, x, rest, kwargs, query))
                 return (x, *passage.beside(rest)), passage.narrowed(kwargs)
 
             stack.callback(layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -231,7 +249,7 @@ class Passage:
         """Which columns these ones see, int64 [B, n] -> bool [B, 1, n, S]."""
         return self.columns.seen(rows)[:, None]
 
-    def leave(self, x: Tensor, rung: int, before: Calls | None, own: Own) -> Tensor:
+    def leave(self, x: Tensor, rung: int, before: Before, own: Own) -> Tensor:
         """What goes on of [B, S, hidden] at a rung."""
         landing, now = self.landings[rung], self.columns
         rows = [self._choose(x[b : b + 1], now.row(b), rung, b, before, own) for b in range(len(x))]
@@ -248,7 +266,7 @@ class Passage:
         columns: Columns,
         rung: int,
         b: int,
-        before: Calls | None,
+        before: Before,
         own: Own,
     ) -> tuple[Tensor, Tensor]:
         """Which columns of one prompt go on, int64 [1, n] ascending, and all of them with those merged."""
@@ -263,7 +281,8 @@ class Passage:
                 columns=columns,
                 visual=self.landings[rung - 1].visual if rung else self.visual,
                 norm=self.language.norm,
-                before=None if before is None else _tap(before, b),
+                before=None if before.calls is None else _tap(before.calls, b),
+                neurons=None if before.neurons is None else before.neurons[b : b + 1],
                 own=lambda query: _tap(own(query), b),
                 pick=picker.only(columns.place[0]),
             )
@@ -317,6 +336,13 @@ class Passage:
             if value.shape[axis] == whole != self.columns.count:  # else it stands for all columns alike
                 value = take(value, self.columns.place, axis, prompts)
         return value
+
+
+def _watch_neurons(layer: Any, index: int, found: dict[int, Tensor]) -> Any:
+    """Keep what the linear that reads neurons is given; the hook, to be removed."""
+    mlp = find_mlp(layer)
+    assert mlp is not None
+    return mlp.reads.register_forward_pre_hook(lambda _, args: found.update({index: args[0]}))
 
 
 def _tap(calls: Calls, b: int) -> Tap:

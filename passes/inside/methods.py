@@ -15,10 +15,10 @@ from ...surgery.inside import Going, LayerState
 from ...surgery.picking import topk
 from ..tokens.merge import assign, one_hot
 from ..tokens.method import Options, parse
-from ..tokens.scores import density_peaks, unit, wide
-from ..tokens.select import mark
-from . import scores
-from .method import Method
+from ..tokens.scores import cosine_distance, density_peaks, unit, wide
+from ..tokens.select import mark, max_min
+from . import ladders, scores
+from .method import Measured, Method
 
 _SEEDED = 1 << 16  # columns that have a random number
 
@@ -65,10 +65,7 @@ def _sparsevlm(state: LayerState, keep: int, options: Options) -> Going:
 
 
 def _fitprune(state: LayerState, keep: int, options: Options) -> Going:
-    assert state.before is not None
-    rows = state.attention(state.before).amax(dim=0)
-    cross = scores.looked_at(rows, scores.text(state))
-    own = scores.looked_at(rows, state.columns.visual[0]) / state.columns.visual.sum().clamp(min=1)
+    cross, own = scores.masses(state)
     return Going(state.top(scores.visual(state, cross * own), keep))
 
 
@@ -120,6 +117,28 @@ def _dart(state: LayerState, keep: int, options: Options) -> Going:
     return Going(torch.cat(chosen, dim=1))
 
 
+def _core(state: LayerState, keep: int, options: Options) -> Going:
+    return Going(state.top(scores.visual(state, scores.in_common(state)), keep))
+
+
+def _vlapruner(state: LayerState, keep: int, options: Options) -> Going:
+    assert state.before is not None
+    rows = state.attention(state.before).mean(dim=0)
+    whole, last = scores.looked_at(rows, state.columns.real[0]), rows.index_select(0, state.last)[0]
+    ours = [mark(topk(scores.visual(state, score), keep), state.columns.count) for score in (whole, last)]
+    union = ours[0] | ours[1]
+    distance = cosine_distance(state.embedded)
+    position = torch.arange(state.columns.count)
+    others = union[:, None] & (position[:, None] != position)
+    gain = max_min(distance, torch.where(others, distance, math.inf).amin(dim=-1))
+    value, taken = next(gain), []
+    for step in range(keep):
+        if step:
+            value = gain.send(taken[-1])
+        taken.append(state.top(torch.where(union, value, -math.inf), 1))
+    return Going(torch.cat(taken, dim=1))
+
+
 def _random(state: LayerState, keep: int, options: Options) -> Going:
     numbers = torch.from_numpy(np.random.default_rng(options["seed"]).random(_SEEDED, dtype=np.float32))
     return Going(state.top(scores.visual(state, numbers[state.columns.place[0]]), keep))
@@ -169,9 +188,12 @@ METHODS: dict[str, Method] = {
         summary="product of the attention from text and from other visual tokens, largest of the heads",
         choose=_fitprune,
         usual=((1 / 32, 0.8), (2 / 32, 0.6), (3 / 32, 0.4)),
+        options={"work": 0.0},
+        measured=Measured("work", ladders.expect_fit, ladders.find_fit),
         before=True,
-        differs="tokens leave at the entry of the next layer, whose cache is the first that lacks them, as in the "
-        "paper; the output projection and MLP before still see them",
+        differs="work=R measures the ladder, of few rungs; the usual one is ours; tokens leave at the "
+        "entry of the next layer, whose cache is the first that lacks them, as in the paper; the output projection and "
+        "MLP before still see them",
     ),
     "visiondrop": Method(
         title="VisionDrop",
@@ -195,6 +217,28 @@ METHODS: dict[str, Method] = {
         ranked=False,
         differs="what does not divide by the pivots goes to the first of them, so that the number is exact",
     ),
+    "core": Method(
+        title="CoreMatching",
+        source="arXiv:2505.19235",
+        summary="neurons of the layer before that are active in a token and in the prompt's last column, a count",
+        choose=_core,
+        usual=((5 / 32, 0.25),),
+        neurons=True,
+        differs="the number of tokens is fixed, not where the sorted counts bend, the usual share is ours; the last "
+        "column asks, its code takes the fifth from the end; tokens leave, its code zeroes their keys and values in "
+        "some layers; no neuron leaves",
+    ),
+    "vlapruner": Method(
+        title="VLA-Pruner",
+        source="arXiv:2511.16449",
+        summary="of those with most attention from all columns or from the last one, the ones that differ most",
+        choose=_vlapruner,
+        usual=((3 / 32, 0.25),),
+        before=True,
+        ranked=False,
+        differs="the last column of the prompt stands for the action tokens of earlier steps, of which no host keeps a "
+        "state; both in the layer before",
+    ),
     "random": Method(
         title="Random",
         source="baseline",
@@ -216,7 +260,9 @@ METHODS: dict[str, Method] = {
         summary="no visual token goes on",
         choose=None,
         usual=((1 / 2, 0.0),),
-        differs="the layer is fixed, not decided for each prompt",
+        options={"tolerance": 0.0},
+        measured=Measured("tolerance", ladders.expect_exit, ladders.find_exit),
+        differs="the layer is one for all prompts: given, or measured with tolerance=T",
     ),
 }
 
@@ -234,6 +280,10 @@ class TableLeaver:
     @property
     def before(self) -> bool:
         return self._parsed[0].before
+
+    @property
+    def neurons(self) -> bool:
+        return self._parsed[0].neurons
 
     def __call__(self, state: LayerState, keep: int) -> Going:
         row, options = self._parsed

@@ -25,6 +25,16 @@ def asked(state: LayerState, tap: Tap) -> Tensor:
     return state.attention(tap, state.last)[:, 0].mean(dim=0)
 
 
+def in_common(state: LayerState) -> Tensor:
+    """Neurons of the layer before that are active in a column and in the last one of the prompt, a count: [S].
+
+    Active is above 0. CoreMatching, arXiv:2505.19235.
+    """
+    assert state.neurons is not None
+    active = (state.neurons[0] > 0).to(torch.float32)  # float16 cannot count beyond 2048
+    return active @ active.index_select(0, state.last)[0]
+
+
 def text(state: LayerState) -> Tensor:
     """Real columns that are no image, and stand behind the first visual one: bool [S]."""
     columns = state.columns
@@ -35,6 +45,16 @@ def text(state: LayerState) -> Tensor:
 def looked_at(rows: Tensor, weight: Tensor) -> Tensor:
     """Weighted sum over query columns: [..., S, S] and [S] -> [..., S]."""
     return (rows * wide(weight)[:, None]).sum(dim=-2)
+
+
+def masses(state: LayerState) -> tuple[Tensor, Tensor]:
+    """Attention in the layer before from text behind the image, summed, and from visual tokens, its mean: [S] each.
+
+    Of each pair the largest of the heads (FitPrune, arXiv:2409.10197).
+    """
+    assert state.before is not None
+    rows, seen = state.attention(state.before).amax(dim=0), state.columns.visual
+    return looked_at(rows, text(state)), looked_at(rows, seen[0]) / seen.sum().clamp(min=1)
 
 
 def raters(state: LayerState) -> Tensor:

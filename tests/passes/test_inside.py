@@ -191,7 +191,7 @@ def test_a_ladder_that_keeps_everyone_changes_no_bit(kind: str, tiny, prompt) ->
 class _First:
     """Keeps the first visual tokens."""
 
-    method, before = "first", False
+    method, before, neurons = "first", False, False
 
     def __call__(self, state: inside.LayerState, keep: int) -> inside.Going:
         order = -state.columns.place.to(torch.float32)
