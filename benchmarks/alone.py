@@ -45,11 +45,11 @@ class Alone:
         return int(self._process.communicate()[0])
 
 
-def race(graphs: Sequence[Path], threads: int, runs: int) -> list[Runs]:
+def race(graphs: Sequence[Path], threads: int, runs: int) -> tuple[Runs, ...]:
     """Run graphs in turn, after one run each to warm up."""
     racers = [Alone(graph, threads) for graph in graphs]
     times = np.array([[racer.run() for racer in racers] for _ in range(1 + runs)])[1:]
-    return [Runs(times[:, i], racer.end()) for i, racer in enumerate(racers)]
+    return tuple(Runs(times[:, i], racer.end()) for i, racer in enumerate(racers))
 
 
 def main(graph: Path, threads: int) -> None:

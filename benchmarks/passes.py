@@ -25,65 +25,26 @@ import exports
 import numpy as np
 import torch
 from alone import Runs, race
+from cuts import recipes
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import Component, components
 from vlmcut.exporters.flops import count
 from vlmcut.exporters.operators import Contrib
 from vlmcut.exporters.weights import WeightFile
 from vlmcut.manifest import TokenBudget
-from vlmcut.passes.base import Pass
-from vlmcut.passes.drop_heads import DropHeads
-from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.drop_neurons import DropNeurons
-from vlmcut.passes.prune_inside import PruneInside
-from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
-from vlmcut.passes.skip_visual import SkipVisual
-from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.surgery.anatomy import Anatomy, Idle
 from vlmcut.surgery.costs import Work, predict
 from vlmcut.surgery.load import describe
 from vlmcut.validation.search_graphs import Graphs, Key
 
-ROLES = ("vision", "prefill", "decode")
-
-
-def recipes(a: Anatomy) -> dict[str, tuple[Pass, ...]]:
-    """Passes by name, with everything written out that is usually measured."""
-
-    def first(counts: Sequence[int], fraction: float) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(range(n - round(n * fraction))) for n in counts)
-
-    def layers(part: str, count: int) -> DropLayers:
-        return DropLayers(part=part, count=count, drop=tuple(range(1, 1 + count)))
-
-    tower, lm = a.tower, a.language
-    half, rows = lm.layers // 2, min(32000, lm.vocabulary // 2)
-    early, late = tuple(range(half)), tuple(range(half, lm.layers))
-    prune = PruneTokens(keep=round(a.visual_tokens / 4), method="divprune")
-    leave = PruneInside(method="exit", layers=(half,), share=(0.0,))
-    return {
-        "drop-heads vision 0.25": (DropHeads(part="vision", fraction=0.25, keep=first(tower.heads, 0.25)),),
-        f"drop-layers vision {tower.layers // 8}": (layers("vision", tower.layers // 8),),
-        "drop-neurons vision 0.25": (DropNeurons(part="vision", fraction=0.25, keep=first(tower.intermediate, 0.25)),),
-        "drop-heads language 0.5": (DropHeads(part="language", fraction=0.5, keep=first(lm.kv_heads, 0.5)),),
-        f"drop-layers language {lm.layers // 8}": (layers("language", lm.layers // 8),),
-        "drop-neurons language 0.25": (DropNeurons(part="language", fraction=0.25, keep=first(lm.intermediate, 0.25)),),
-        f"trim-vocabulary {rows}": (TrimVocabulary(size=rows, tokens=f"0-{rows - 1}"),),
-        "prune-tokens 0.75": (prune,),
-        "fastv 2:0.5": (PruneInside(method="fastv", layers=(2,), share=(0.5,)),),
-        "pyramiddrop": (PruneInside(method="pyramiddrop"),),
-        f"exit {half}": (leave,),
-        f"skip-visual mlp {half}": (SkipVisual(what="mlp", count=half, layers=late),),
-        f"skip-visual layer {half}": (SkipVisual(what="layer", count=half, layers=late),),
-        f"prune-tokens 0.75, exit {half}": (prune, leave),
-        f"the same, skip-visual mlp {half}": (prune, leave, SkipVisual(what="mlp", count=half, layers=early)),
-    }
+FIRST = ("vision", "prefill")  # what the first token takes
+ROLES = (*FIRST, "decode")
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What one call does, and where it lies."""
+    """What one call does, and where it lies, if it is to run."""
 
     predicted: Work
     counted: Work
@@ -92,16 +53,16 @@ class Graph:
 
 @dataclass(frozen=True)
 class Race:
-    """A cut graph and the original's, in turn."""
+    """A cut graph, and its runs in turn with those of the original's; nothing ran with `--runs 0`."""
 
     graph: Graph
-    cut: Runs
-    original: Runs
+    pair: tuple[Runs, ...]
 
     @property
     def ratio(self) -> float:
-        """Median over the rounds."""
-        return float(np.median(self.cut.seconds / self.original.seconds))
+        """Of the times, median over the rounds."""
+        mine, whole = self.pair
+        return float(np.median(mine.seconds / whole.seconds))
 
 
 def budget(a: Anatomy) -> TokenBudget:
@@ -115,19 +76,23 @@ def visual_work(a: Anatomy) -> int:
     return predict(a, budget(a), "prefill").flops - alone
 
 
-def random_model(small: bool) -> Any:
-    """Weights keep activations near 1. The tower is trimmed, which changes nothing."""
-    torch.manual_seed(0)
-    shallow = {"num_hidden_layers": 8}
+def unset_model(small: bool) -> Any:
+    """The original. Its tower is trimmed, which changes nothing; counting asks for shapes alone."""
+    shallow = {"num_hidden_layers": 4}
     vision = exports.SMALL_VISION | shallow if small else exports.VISION
     model = costs.llava(vision, exports.SMALL_LANGUAGE | shallow if small else exports.LANGUAGE)
+    make([]).apply(model, None)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Random weights that keep activations near 1."""
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.5 / parameter[0].numel() ** 0.5)
         else:
             parameter.data.fill_(0 if name.endswith("bias") else 1)
-    make([]).apply(model, None)
-    return model
 
 
 def inputs(component: Component, sizes: TokenBudget) -> dict[str, np.ndarray]:
@@ -146,18 +111,19 @@ def inputs(component: Component, sizes: TokenBudget) -> dict[str, np.ndarray]:
     return found
 
 
-def export(model: Any, roles: Sequence[str], folder: Path) -> dict[str, Graph]:
-    """Write the graphs of some roles with their inputs."""
+def export(model: Any, roles: Sequence[str], folder: Path, save: bool) -> dict[str, Graph]:
+    """Count the graphs of some roles, and write those that shall run with their inputs."""
     a, found = describe(model), {}
     with WeightFile(folder) as weights:
         for component in components(model, budget(a), a.keep):
             if component.role not in roles:
                 continue
             made = onnx.export(component, model, Contrib())
-            counted = count(made)
-            path = weights.save(made, f"{component.role}.onnx")
-            np.savez(path.with_suffix(".npz"), **inputs(component, budget(a)))  # type: ignore[arg-type]
-            found[component.role] = Graph(predict(a, budget(a), component.role), counted, path)
+            path = folder / f"{component.role}.onnx"
+            found[component.role] = Graph(predict(a, budget(a), component.role), count(made), path)
+            if save:
+                weights.save(made, path.name)
+                np.savez(path.with_suffix(".npz"), **inputs(component, budget(a)))  # type: ignore[arg-type]
     return found
 
 
@@ -165,17 +131,22 @@ class Bench:
     """The original model, its graphs, and what they take."""
 
     def __init__(self, small: bool, folder: Path, threads: int, runs: int) -> None:
-        self.threads, self.runs, self.model = threads, runs, random_model(small)
+        self.threads, self.runs, self.model = threads, runs, unset_model(small)
+        if runs:
+            fill(self.model)
         self.a = describe(self.model)
         self.recipes = recipes(self.a)
-        self.graphs = export(self.model, ROLES, folder)
-        both = race([self.graphs[role].path for role in ROLES[:2]], threads, runs)
-        self.times = {role: float(np.median(one.seconds)) for role, one in zip(ROLES, both, strict=False)}
+        self.graphs = export(self.model, ROLES, folder, bool(runs))
+        both = self._race([self.graphs[role].path for role in FIRST])
+        self.times = {role: float(np.median(one.seconds)) for role, one in zip(FIRST, both, strict=bool(runs))}
         sizes = budget(self.a)
         self._races: dict[Key, Race] = {}
         self._key = Graphs(
             (self.a, lambda: self.model), ROLES, 1, text_tokens=sizes.text_tokens, new_tokens=sizes.new_tokens
         ).key
+
+    def _race(self, graphs: Sequence[Path]) -> tuple[Runs, ...]:
+        return race(graphs, self.threads, self.runs) if self.runs else ()
 
     def rows(self, name: str, folder: Path) -> list[str]:
         """Cut, export what changed, run it beside the original: a row for each graph, and one for the first token."""
@@ -187,9 +158,8 @@ class Bench:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         cut = copy.deepcopy(self.model, shared)
         recipe.apply(cut, None)
-        for role, graph in export(cut, missing, folder).items():
-            pair = race([graph.path, self.graphs[role].path], self.threads, self.runs)
-            self._races[keys[role]] = Race(graph, *pair)
+        for role, graph in export(cut, missing, folder, bool(self.runs)).items():
+            self._races[keys[role]] = Race(graph, self._race([graph.path, self.graphs[role].path]))
         races = {role: self._races[key] for role, key in keys.items()}
         found = [self._row(name, role, a, one) for role, one in races.items()]
         return [*found, self._first_token(name, races)]
@@ -201,16 +171,19 @@ class Bench:
             share(mine.flops, whole.flops),
             share(visual_work(a), visual_work(self.a)) if role == "prefill" else "",
             share(mine.state_bytes, whole.state_bytes) if role == "decode" else "",
-            share(one.ratio, 1), f"{one.cut.memory / 1e6:,.0f} ({one.original.memory / 1e6:,.0f})",
+            share(one.ratio, 1) if one.pair else "",
+            "{:,.0f} ({:,.0f})".format(*(runs.memory / 1e6 for runs in one.pair)) if one.pair else "",
         )  # fmt: skip
 
     def _first_token(self, name: str, races: dict[str, Race]) -> str:
         """Vision and prefill together; one that the recipe leaves alone takes what the original's takes."""
-        whole = {role: self.graphs[role].predicted.flops for role in self.times}
+        whole = {role: self.graphs[role].predicted.flops for role in FIRST}
         flops = sum(races[role].graph.predicted.flops if role in races else work for role, work in whole.items())
-        time = sum((races[role].ratio if role in races else 1) * time for role, time in self.times.items())
-        relative = share(flops, sum(whole.values())), share(time, sum(self.times.values()))
-        return row(name, "first token", f"{flops / 1e9:,.2f}", "", "", relative[0], "", "", relative[1], "")
+        work, took = share(flops, sum(whole.values())), ""
+        if self.times:
+            time = sum((races[role].ratio if role in races else 1) * time for role, time in self.times.items())
+            took = share(time, sum(self.times.values()))
+        return row(name, "first token", f"{flops / 1e9:,.2f}", "", "", work, "", "", took, "")
 
 
 def share(part: float, whole: float) -> str:
@@ -249,8 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="RECIPE", help="all of them if none is named")
     parser.add_argument("--threads", type=int, default=1, help="of one operator")
-    parser.add_argument("--runs", type=int, default=3, help="of each graph, after one to warm up")
-    parser.add_argument("--small", action="store_true", help="eight narrow layers on each side, to try the benchmark")
+    parser.add_argument("--runs", type=int, default=3, help="of each graph, after one to warm up; 0 to count alone")
+    parser.add_argument("--small", action="store_true", help="four narrow layers on each side, to try the benchmark")
     parser.add_argument("--write", action="store_true", help="write the rows into docs/costs.md, recipe by recipe")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
