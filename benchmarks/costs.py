@@ -57,23 +57,27 @@ def tiny(kind: str) -> tuple[Any, TokenBudget]:
     return loaded.model, planned.budgets[0]
 
 
-def llava_siglip_qwen2() -> tuple[Any, TokenBudget]:
-    """SigLIP-so400m/14-384 and Qwen2-0.5B, as benchmarks/real_size.py has them; 182 of 729 tokens by divprune."""
+def llava(vision: dict[str, Any], language: dict[str, Any]) -> Any:
+    """SigLIP and Qwen2 in the layout of LLaVA, as benchmarks/real_size.py has them; weights are unset."""
     config = LlavaConfig(
-        vision_config=SiglipVisionConfig(**exports.VISION, vision_use_head=False),
-        text_config=Qwen2Config(**exports.LANGUAGE, tie_word_embeddings=True),
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=Qwen2Config(**language, tie_word_embeddings=True),
         image_token_index=7, vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
     )  # fmt: skip
+    size = vision["image_size"]
+    side = size // vision["patch_size"]
     bucket = Bucket(
-        size=(384, 384), geometry={"pixel_values": (1, 3, 384, 384)}, tokens=729, panels=(Panel(rows=27, columns=27),)
-    )
-    return _real(config, bucket, 182)
+        size=(size, size), geometry={"pixel_values": (1, 3, size, size)}, tokens=side**2,
+        panels=(Panel(rows=side, columns=side),),
+    )  # fmt: skip
+    return attach(skeleton(config), (bucket,))
 
 
-def _real(config: Any, bucket: Bucket, keep: int) -> tuple[Any, TokenBudget]:
-    model = attach(skeleton(config), (bucket,))
-    make([PruneTokens(keep=keep, method="divprune")]).apply(model, None)
-    return model, TokenBudget(images=1, visual_tokens=keep, text_tokens=64, new_tokens=128)
+def llava_siglip_qwen2() -> tuple[Any, TokenBudget]:
+    """SigLIP-so400m/14-384 and Qwen2-0.5B; 182 of 729 tokens by divprune."""
+    model = llava(exports.VISION, exports.LANGUAGE)
+    make([PruneTokens(keep=182, method="divprune")]).apply(model, None)
+    return model, TokenBudget(images=1, visual_tokens=182, text_tokens=64, new_tokens=128)
 
 
 REAL = {"llava: SigLIP-so400m + Qwen2-0.5B": llava_siglip_qwen2}

@@ -86,10 +86,11 @@ class Graphs:
         if role != "vision":
             blank = {"tower": o.tower, "scored": o.scored, "leaving": (), "method": None, "query_dependent": False}
             blank |= {"outside": o.outside, "windows": o.windows, "projected": o.projected}
+            blank |= {"idle": o.idle} if role == "decode" else {}  # visual tokens do less in a prompt alone
             return role, repr(replace(a, quantized=quantized, **blank))
         if a.query_dependent:  # the question is embedded by the language model's table
             return role, repr(a)
-        blank = {"language": o.language, "inside": None, "ladder": (), "idle": o.idle}
+        blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle}
         return role, repr(replace(a, quantized=quantized, **blank))
 
     def _keys(self, cut: Cut) -> list[Key]:
