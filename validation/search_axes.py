@@ -20,6 +20,7 @@ METHODS = ("fastervlm", "divprune", "todre", "tome", "early-exit")  # of choosin
 PRUNE = (0.5, 0.75, 0.875, 0.9375)  # fractions of the visual tokens removed
 FRACTIONS = (0.125, 0.25, 0.375, 0.5, 0.75)  # of heads and neurons removed
 DEPTHS = (7 / 8, 3 / 4, 1 / 2, 3 / 8, 1 / 4)  # of the language model, at which all visual tokens leave
+WORKS = (0.9, 0.75, 0.6, 0.5)  # mean share of the visual tokens that a language layer sees
 SHARES = (0.5, 0.25, 0.125)  # of the visual tokens that go on where some leave early
 LAYERS = (1 / 12, 1 / 6, 1 / 3, 1 / 2)  # fractions of the layers removed
 
@@ -102,12 +103,17 @@ def _inside(lm: Language) -> list[Axis]:
     return [
         Axis("visual exit", levels("exit", ([(layer, 0.0)] for layer in exits)), slot="inside"),
         Axis("fastv", levels("fastv", ([(first, share)] for share in SHARES)), slot="inside"),
+        Axis("fitprune", tuple(_measured(f"fitprune:work={work}") for work in WORKS), slot="inside"),
         Axis(
             "fastv and exit",
             levels("fastv", ([(first, share), (exit, 0.0)] for exit in exits if exit > first for share in SHARES[:2])),
             slot="inside",
         ),
     ]
+
+
+def _measured(method: str) -> Level:
+    return Level(method, {"name": "prune-inside", "method": method})
 
 
 def _skips(what: str, layers: int) -> tuple[Level, ...]:

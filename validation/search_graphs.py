@@ -99,10 +99,10 @@ class Graphs:
         missing = [key for key in keys if key not in self._made]
         if missing:
             model = make()
-            keep = describe(model).keep
+            keep, ladder = (about := describe(model)).keep, about.ladder  # as measured, which the plan only expects
             budget = TokenBudget(
                 images=1, visual_tokens=max(keep), text_tokens=self.text_tokens, new_tokens=self.new_tokens,
-                ladder=a.ladder,
+                ladder=ladder,
             )  # fmt: skip
             every = components(model, budget, keep, a.quantized)
             for key in missing:
