@@ -115,6 +115,7 @@ class DropLayers(Pass):
             a.language,
             heads=tuple(a.language.heads[i] for i in keep),
             kv_heads=tuple(a.language.kv_heads[i] for i in keep),
+            stiff=a.language.stiff if any(not a.language.kv_heads[i] for i in keep) else None,
             intermediate=tuple(a.language.intermediate[i] for i in keep),
             others=tuple(a.language.others[i] for i in keep),
             windows=tuple(a.language.windows[i] for i in keep),

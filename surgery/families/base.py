@@ -366,8 +366,8 @@ def _window(text: Any) -> int | None:
 
 def _stiff(attention: Sequence[Any]) -> str | None:
     """Why visual tokens cannot leave between language layers; `attention` of each layer."""
-    index = next((i for i, one in enumerate(attention) if one is None), None)
-    return None if index is None else f"layer {index} mixes neighbouring columns, and who leaves changes neighbours"
+    mixes = any(one is None for one in attention)
+    return "its convolutions mix neighbouring columns, and who leaves changes neighbours" if mixes else None
 
 
 def _undeclared(config: Any) -> list[str]:

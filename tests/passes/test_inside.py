@@ -413,7 +413,7 @@ def test_deepstack_comes_before_the_first_rung(tiny) -> None:
 
 
 def test_a_convolution_between_layers_is_refused(tiny) -> None:
-    with pytest.raises(PassError, match="layer 0 mixes neighbouring columns"):
+    with pytest.raises(PassError, match="its convolutions mix neighbouring columns"):
         PruneInside(layers=(1,), share=(0.5,)).plan(describe(tiny("lfm2_vl").model))
 
 
