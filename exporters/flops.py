@@ -87,7 +87,7 @@ def _shape(node: ir.Node, index: int) -> tuple[int, ...]:
             f"cannot count the work of `{node.name}`: input {index}, `{name}`, has shape {shape}",
             hint="export with static shapes",
         )
-    return tuple(int(d) for d in shape)  # type: ignore[arg-type]
+    return shape.numpy()
 
 
 def _given(node: ir.Node, index: int) -> bool:
@@ -118,7 +118,7 @@ def _conv(node: ir.Node) -> int:
         raise ExportError(
             f"cannot count the work of `{node.name}`: its output has shape {out}", hint="export with static shapes"
         )
-    return 2 * prod(int(d) for d in out) * prod(_shape(node, 1)[1:])  # type: ignore[arg-type]
+    return 2 * prod(out.numpy()) * prod(_shape(node, 1)[1:])
 
 
 def _einsum(node: ir.Node) -> int:
@@ -184,7 +184,7 @@ _RULES: dict[tuple[str, str], Callable[[ir.Node], int]] = {
 
 def _bytes(value: ir.Value) -> int:
     assert value.shape is not None and value.dtype is not None
-    return ceil(prod(int(d) for d in value.shape) * value.dtype.itemsize)  # type: ignore[arg-type]
+    return ceil(prod(value.shape.numpy()) * value.dtype.itemsize)
 
 
 def _read(weight: ir.Value) -> int:

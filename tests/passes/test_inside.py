@@ -46,7 +46,7 @@ MUST = (
 ).split()
 STEPS = 16
 # float32: attention over fewer rows or over masked ones sums in another order; logits are of size 3. Measured on x86
-# with one thread: at most 2.9e-6.
+# with one thread: at most 1.1e-5.
 ATOL = 2e-5
 
 
@@ -315,7 +315,7 @@ def test_the_graph_keeps_the_same_columns(method: str, tiny, prompt) -> None:
         for i, places in enumerate(talk.kept):
             have = found[f"kept_{i}"][0]
             assert have[have < shrunk.length].tolist() == places[0].tolist()
-        # float32: other kernels and padding. Measured 9.6e-7.
+        # float32: other kernels and padding. Measured 3.6e-6.
         np.testing.assert_allclose(found["logits"][0], talk.logits[0], rtol=0, atol=1e-5)
 
 
@@ -344,8 +344,8 @@ def test_work_is_predicted(name: str, operators: Operators, tiny) -> None:
     for role, place in (("prefill", 1), ("decode", 2)):
         graph = onnx.export(components(loaded.model, budget, a.keep)[place], loaded.model, operators)
         causal = operators.causal(torch.float32, a.language.head_dim)
-        # Measured 0.96 to 1.00. PyramidDrop makes the keys of two of three layers twice, which is not predicted.
-        near = 0.15 if name == "pyramiddrop" else 0.05
+        # Measured 0.998 to 1.000; PyramidDrop, 0.928, makes keys twice in two of three layers, which is not predicted.
+        near = 0.1 if name == "pyramiddrop" else 0.05
         assert predict(a, budget, role, causal=causal).flops == pytest.approx(count(graph).flops, rel=near)
 
 
@@ -489,7 +489,7 @@ def test_prompts_are_read_together_as_alone(tiny, prompt) -> None:
     assert not torch.equal(alone[0].kept[0], alone[1].kept[0])
     for i, talk in enumerate(alone):
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(both.kept, talk.kept, strict=True))
-        # float32: products of two prompts or of one. Measured 4.8e-7.
+        # float32: products of two prompts or of one. Measured 1.3e-6.
         torch.testing.assert_close(both.logits[i], talk.logits[0], rtol=0, atol=ATOL)
 
 
