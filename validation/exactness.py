@@ -1,10 +1,10 @@
 """The gate: do the graphs compute what the cut eager model computes?
 
 Inputs are fresh: seeded images and prompts that no trace has seen, at full budget, short, text only, with images in
-the middle. The reference runs in float64; how far the eager model in the graph's own dtype is from it is the noise
-floor of each output; a graph may be `MULTIPLE` times as far, no more. Which tokens are kept must be equal, unless the
-runtime's choice is within rounding of the reference's own scores: at each pick, by how much the kept tokens fall short
-of the best (`surgery/picking.py`).
+the middle. The reference runs in float64. How far the eager model in the graph's own dtype is from it, as it is and
+with inputs changed in their last bit, is the noise floor of each output; a graph may be `MULTIPLE` times as far, no
+more. Which tokens are kept must be equal, unless the runtime's choice is within rounding of the reference's own scores:
+at each pick, by how much the kept tokens fall short of the best (`surgery/picking.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .cases import GREEDY, Case, Distances
 
 MULTIPLE = 8  # of the noise floor; eager and runtime round in other orders, neither is the better one
 MULTIPLE_INT8 = 4  # here the floor already holds whole quantization steps
-_NUDGE = 1e-5  # relative, about a hundred times float32 rounding
+_NUDGE_INT8 = 1e-5  # relative, about a hundred times float32 rounding
 _LEAST = 1e-7  # a floor is never below the last bit of float32 at 1
 
 
@@ -80,20 +80,20 @@ def measure(
     flips: list[tuple[float, str]] = []
     verdict = Exactness()
     kept, kept_inside = _Kept(), _Inside()
+    # Rounding to int8 steps is all or nothing: one value on an edge moves a whole step in one run and not in the
+    # other. Larger nudges show how far such a step goes, whether or not this run met one.
+    nudge = _NUDGE_INT8 if a.quantized else torch.finfo(model.dtype).eps
     for whole in fresh_prompts(a, budget, seed):
         choice = [graphs.vision(picture).kept for picture in whole.pictures]
         for picture, positions in zip(whole.pictures, choice, strict=True):
-            nudge = seed + 1 if "vision" in a.quantized else None  # see below
-            kept.look(model, exact, picture, torch.from_numpy(positions)[None], nudge)
+            again = seed + 1 if "vision" in a.quantized else None
+            kept.look(model, exact, picture, torch.from_numpy(positions)[None], again)
         case = _record(exact, graphs, whole.shrink(choice), choice, min(GREEDY, budget.new_tokens))
         kept_inside.look(model, exact, case)
         recorded.append(case)
         found.append(cases.distances(graphs, case))
-        floors.append(_floor(model, case))
-        if a.quantized:
-            # Rounding to int8 steps is all or nothing: one value on an edge moves a whole step in one run and not
-            # in the other. Nudged inputs show how far such a step goes, whether or not this run met one.
-            floors += [_floor(model, case, nudge=seed + i) for i in (1, 2)]
+        # One run may round luckily. Inputs that differ in the last bit show how far rounding goes in this prompt.
+        floors += [_floor(model, case), *(_floor(model, case, nudge, seed + i) for i in (1, 2))]
         flips += _compare_tokens(verdict, model, graphs, case, name)
     far, floor = cases.worst(found), cases.worst(floors)
     far["vision", "kept"], floor["vision", "kept"] = kept.regret, kept.noise
@@ -202,20 +202,20 @@ def _states(talk: Talk, rows: Callable[[int], slice]) -> dict[str, torch.Tensor]
     }
 
 
-def _nudge(x: torch.Tensor, seed: int) -> torch.Tensor:
+def _nudge(x: torch.Tensor, size: float, seed: int) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
-    return x * (1 + _NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype))
+    return x * (1 + size * torch.randn(x.shape, generator=rng, dtype=x.dtype))
 
 
-def _floor(model: Any, case: Case, nudge: int | None = None) -> Distances:
+def _floor(model: Any, case: Case, nudge: float = 0.0, seed: int = 0) -> Distances:
     """Distances of the eager model in its own dtype from the reference.
 
     Args:
-        nudge: seed of a relative change of `_NUDGE` to every input; None for none.
+        nudge: relative change of every input, drawn from `seed`; 0 for none.
     """
 
     def nudged(x: torch.Tensor) -> torch.Tensor:
-        return x if nudge is None else _nudge(x, nudge)
+        return _nudge(x, nudge, seed) if nudge else x
 
     def far(have: torch.Tensor, want: np.ndarray) -> float:
         return float((have.double() - torch.from_numpy(want).double()).abs().max()) if want.size else 0.0
@@ -349,7 +349,7 @@ class _Kept:
         # How far the eager model's scores are from the reference's: the noise in which a choice may differ.
         own = attached(model).selection  # its weights have the model's dtype
         assert own is not None
-        changes = [unchanged] if nudge is None else [unchanged, lambda x: _nudge(x, nudge)]
+        changes = [unchanged] if nudge is None else [unchanged, lambda x: _nudge(x, _NUDGE_INT8, nudge)]
         noise = [0.0] * len(judged.calls)
         for change in changes:
             follow = Follow(judged.calls)

@@ -90,6 +90,12 @@ def test_the_examples_answer_as_before(name: str, tmp_path: Path) -> None:
     assert manifest.exactness["equal"] == manifest.exactness["tokens"] > 0
 
 
+def test_a_prompt_that_amplifies_rounding_is_no_alarm(tmp_path: Path) -> None:
+    """Decode's logits are 4.1e-5 from the reference: 11 times as far as eager, which rounds luckily in one run."""
+    manifest = vlmcut.convert(str(EXAMPLES / "scenes"), tmp_path / "out", vocabulary=128, questions=0, seed=0)
+    assert manifest.exactness["equal"] == manifest.exactness["tokens"] > 0
+
+
 @pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
 def test_an_engine_is_built_in_float16(tmp_path: Path) -> None:
     vlmcut.convert("tiny:llava-siglip-qwen2", tmp_path / "out", target="rtx", dtype="float16", **SMALL)
