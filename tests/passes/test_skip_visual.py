@@ -16,7 +16,7 @@ from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
 from vlmcut.exporters.operators import Contrib, Operators, Standard
-from vlmcut.manifest import TokenBudget
+from vlmcut.manifest import Panel, TokenBudget
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.drop_layers import DropLayers
 from vlmcut.passes.prune_inside import PruneInside
@@ -27,12 +27,20 @@ from vlmcut.surgery.anatomy import Idle
 from vlmcut.surgery.costs import costs
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.neurons import find_mlp
+from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, see_all
 
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
 # float32: products over fewer rows, sums in another order; logits are of size 3. Measured on x86: at most 5.9e-6.
 ATOL = 2e-5
+
+
+WINDOW = 3  # of rasters of 2 x 2 tokens and more
+
+
+def skip(what: str, layers: tuple[int, ...]) -> SkipVisual:
+    return SkipVisual(what=what, count=len(layers), layers=layers, window=WINDOW if what == "near" else None)
 
 
 def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
@@ -44,6 +52,22 @@ def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
         talk = talk.say(torch.tensor([token]))
         rows.append(talk.logits[0])
     return torch.stack(rows)
+
+
+def beside(panels: Sequence[Panel], images: int, window: int) -> Tensor:
+    """Which visual tokens of some images see which, by a loop over their places: bool [N, N]."""
+    places = [
+        (image, number, row, column)
+        for image in range(images)
+        for number, panel in enumerate(panels)
+        for row in range(panel.rows)
+        for column in range(panel.columns + panel.line_breaks)
+    ]
+    near = [
+        [a[:2] == b[:2] and max(abs(a[2] - b[2]), abs(a[3] - b[3])) <= (window - 1) / 2 for b in places]
+        for a in places
+    ]
+    return torch.tensor(near)
 
 
 @contextmanager
@@ -71,7 +95,11 @@ def whole_but_masked(loaded: Loaded, prompt: Prompt, what: str, layers: Sequence
         n = torch.arange(len(visual))
         mask = kwargs.get("attention_mask")
         seen = n[:, None] >= n if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
-        seen = seen & ~(visual[:, None] & visual & (n[:, None] != n))
+        among = torch.eye(int(visual.sum()), dtype=torch.bool)
+        if what == "near":  # in both directions of the raster
+            among = beside(attached(loaded.model).buckets[0].panels, len(prompt.pictures), WINDOW)
+        between = (visual[:, None] & visual).nonzero(as_tuple=True)
+        seen = seen.index_put(between, among.flatten())
         least = torch.finfo(args[0].dtype).min
         return args, kwargs | {"attention_mask": torch.where(seen, 0.0, least)[None, None]}
 
@@ -101,10 +129,11 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     make([]).apply(uncut.model, None)
     before = describe(cut.model)
     layers = (0, before.language.layers - 1)  # in the last one it changes nothing: nobody reads visual columns there
-    step = SkipVisual(what=what, count=len(layers), layers=layers)
+    step = skip(what, layers)
     make([step]).apply(cut.model, None)
     after = describe(cut.model)
-    assert after.idle == Idle(**{WHATS[what]: layers}) == step.plan(before).idle
+    window = {"window": WINDOW} if what == "near" else {}
+    assert after.idle == Idle(**{WHATS[what]: layers}, **window) == step.plan(before).idle
     made = prompt(cut)
     tokens = [7 * i % before.language.vocabulary for i in range(1, STEPS + 1)]
     mine = said(cut, made, tokens)
@@ -113,7 +142,7 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     torch.testing.assert_close(mine, want, rtol=0, atol=ATOL)
     assert not torch.allclose(mine, said(uncut, made, tokens), atol=10 * ATOL)  # and it is another model
     flops = [sum(c.flops for c in costs(a, text_tokens=1) if c.part == "language model") for a in (before, after)]
-    assert what == "apart" or flops[1] < flops[0]  # a few visual tokens gain nothing by a mask
+    assert what in ("apart", "near") or flops[1] < flops[0]  # a few visual tokens gain nothing by a mask
 
 
 FORMS: dict[str, Callable[[], Operators]] = {"contrib": Contrib, "standard": Standard}
@@ -138,12 +167,12 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, tiny, prom
     a = describe(loaded.model)
     budget = TokenBudget(images=2, visual_tokens=a.visual_tokens, text_tokens=20, new_tokens=2)
     whole = onnx.export(components(loaded.model, budget, a.keep)[1], loaded.model, FORMS[form]())
-    make([SkipVisual(what=what, count=2, layers=(0, 2))]).apply(loaded.model, None)
+    make([skip(what, (0, 2))]).apply(loaded.model, None)
     component = components(loaded.model, budget, a.keep)[1]
     graph = onnx.export(component, loaded.model, FORMS[form]())
     lm, rows = a.language, 2 * a.visual_tokens * 2  # of two images, in two layers
     mlp, queries = 3 * lm.hidden * lm.intermediate[0], 2 * lm.hidden * lm.heads[0] * lm.head_dim
-    saved = {"mlp": mlp, "layer": mlp + queries, "apart": 0}[what]  # `apart` saves products of attention alone
+    saved = {"mlp": mlp, "layer": mlp + queries}.get(what, 0)  # the others save products of attention alone
     assert matrix_work(whole) - matrix_work(graph) == rows * saved
     session = ort.InferenceSession(ir.serde.serialize_model(graph).SerializeToString())
     shrunk, seen = see_all(loaded.model, made)
@@ -193,7 +222,7 @@ def test_a_prompt_of_text_does_all_work(tiny) -> None:
     )
     for what in WHATS:
         cut = tiny("llava")
-        make([SkipVisual(what=what, count=1, layers=(0,))]).apply(cut.model, None)
+        make([skip(what, (0,))]).apply(cut.model, None)
         assert torch.equal(said(cut, made, [1]), said(uncut, made, [1]))
 
 
