@@ -46,7 +46,7 @@ class SkipVisual(Pass):
     """In `count` layers, those where it changes visual columns least, or in `layers`, visual columns skip `what`."""
 
     name: ClassVar[str] = "skip-visual"
-    summary: ClassVar[str] = "visual tokens skip MLPs, whole layers or tokens far off in the language model; none leaves"
+    summary: ClassVar[str] = "visual tokens skip MLPs, layers or tokens far off in the language model; none leaves"
     source: ClassVar[str] = "YOPO, arXiv:2410.06169; NAAViT, arXiv:2502.02458"
 
     what: str  # mlp, layer, apart or near

@@ -82,9 +82,7 @@ class Reader(Protocol):
 
 
 @contextmanager
-def idling(
-    layers: Sequence[Any], config: Any, idle: Idle, panels: tuple[Panel, ...], reader: Reader
-) -> Iterator[None]:
+def idling(layers: Sequence[Any], config: Any, idle: Idle, panels: tuple[Panel, ...], reader: Reader) -> Iterator[None]:
     """While inside, visual columns of the prompts that the layers read leave work out.
 
     Args:
