@@ -249,7 +249,7 @@ def above_elbow(score: Tensor) -> int:
     """How many stand above the elbow of their scores in descending order: the point farthest from the chord.
 
     Args:
-        score: [N]. All of them stay where they lie on the chord.
+        score: whole numbers, [N]. All of them stay where they lie on the chord.
     """
     curve = torch.sort(score.double(), descending=True).values
     steps = len(curve) - 1

@@ -212,7 +212,6 @@ def farthest(counts: np.ndarray) -> int:
         ([9, 9, 8, 8, 0], 3),  # it bulges: the corner itself is below
         ([5, 5, 5, 5], 4),  # no bend: all stay
         ([6, 4, 2, 0], 4),
-        ([0.6, 0.4, 0.2, 0.0], 4),
         ([3, 1], 2),
     ],
 )

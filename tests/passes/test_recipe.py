@@ -19,7 +19,8 @@ from vlmcut.passes import recipe
 from vlmcut.passes.base import PARTS, Pass
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.drop_neurons import RANKINGS, DropNeurons
+from vlmcut.passes.drop_neurons import DropNeurons
+from vlmcut.passes.importance import RANKINGS
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
