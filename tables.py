@@ -42,7 +42,7 @@ def plan(model: str, planned: Plan) -> str:
         steps = ", ".join(f"{'/'.join(str(r.stay(k)) for k in b.keep)} from layer {r.layer}" for r in b.ladder)
         lines.insert(-1, f"inside   {steps}, by {b.inside}")
     for what, layers in dataclasses.asdict(b.idle).items():
-        if layers:
+        if layers and what != "window":
             lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
     for budget in planned.budgets:
         lines.append(

@@ -26,7 +26,7 @@ RANKINGS = ("layer", "global")
 
 def best_of_each(importance: Sequence[Tensor], counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """The `counts[i]` most important members of layer i, ascending; equal ones go to the lower index."""
-    return tuple(tuple(sorted(_order(one)[:n])) for one, n in zip(importance, counts, strict=True))
+    return tuple(tuple(sorted(order(one)[:n])) for one, n in zip(importance, counts, strict=True))
 
 
 def best_of_all(importance: Sequence[Tensor], count: int) -> tuple[tuple[int, ...], ...]:
@@ -34,7 +34,7 @@ def best_of_all(importance: Sequence[Tensor], count: int) -> tuple[tuple[int, ..
 
     Each layer keeps at least its best member; a layer without members (a convolution has no heads) keeps none.
     """
-    keep = [set(_order(one)[:1]) for one in importance]
+    keep = [set(order(one)[:1]) for one in importance]
     ranked = sorted((-value, layer, i) for layer, one in enumerate(importance) for i, value in enumerate(one.tolist()))
     rest = [(layer, i) for _, layer, i in ranked if i not in keep[layer]]
     for layer, i in rest[: count - sum(map(len, keep))]:
@@ -56,7 +56,8 @@ def spread(count: int, most: Sequence[int]) -> tuple[int, ...]:
     return tuple(end - start + (n > 0) for start, end, n in zip(starts, ends, most, strict=False))
 
 
-def _order(importance: Tensor) -> list[int]:
+def order(importance: Tensor) -> list[int]:
+    """Members from the most important to the least; equal ones with the lower index first."""
     values = importance.tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
@@ -98,7 +99,7 @@ class Answers:
 
 
 @contextmanager
-def without_columns(linear: nn.Module, columns: slice) -> Iterator[None]:
+def without_columns(linear: nn.Module, columns: slice | Tensor) -> Iterator[None]:
     """While inside, these inputs of a linear are zero: the heads or neurons behind them add nothing."""
 
     def silence(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -18,21 +18,9 @@ from ..surgery.inside import Inside
 from ..surgery.selection import attached
 from .base import Pass
 from .calibration import Calibration
-from .inside.method import Measured, Method
+from .inside.method import Measured, Method, usual_ladder
 from .inside.methods import METHODS, TableLeaver
 from .tokens.method import Options, parse
-
-
-def usual_ladder(row: Method, layers: int, levels: int = 0) -> tuple[Rung, ...]:
-    """The ladder of a method where nobody gives one: the paper's, scaled to the depth, behind the last DeepStack level.
-
-    Where two rungs meet in a shallow model, the later one stands a layer higher.
-    """
-    found: list[Rung] = []
-    for depth, share in row.usual:
-        least = max(1, levels, found[-1].layer + 1 if found else 0)
-        found.append(Rung(max(least, round(depth * layers)), share))
-    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +41,7 @@ class PruneInside(Pass):
         if self.layers is None and self.share is None:
             if (measured := self._measured) is not None:
                 return measured.expect(a, self._options)
-            return usual_ladder(row, a.language.layers, a.language.levels)
+            return usual_ladder(row.usual, a.language.layers, a.language.levels)
         layers, share = self.layers or (), self.share or ()
         if len(layers) != len(share) or not layers:
             raise PassError(
@@ -189,7 +177,7 @@ def from_flags(
             hint=f"leave one of them out; {method.partition(':')[0]} alone takes a ladder that is given",
         )
     if exit_layer is not None and not rungs and row.choose is not None:
-        usual = usual_ladder(row, layers, levels)
+        usual = usual_ladder(row.usual, layers, levels)
         rungs = [(rung.layer, rung.share) for rung in usual if rung.layer < exit_layer]
     if exit_layer is not None:
         rungs.append((exit_layer, 0.0))

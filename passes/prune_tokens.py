@@ -71,6 +71,11 @@ class PruneTokens(Pass):
                 f"tokens by `{a.method}`",
                 hint="prune tokens once, from the original model",
             )
+        if a.idle.near:
+            raise PassError(
+                f"{self.name}: visual tokens look at their neighbours in layers {list(a.idle.near)}, and some would go",
+                hint='put prune-tokens first, and take what = "apart"',
+            )
         if row.frames and a.layout.frames == 1:
             raise PassError(
                 f"{self.name}: `{self.method}` compares the frames of a clip, and here each of 1 image is seen alone",

@@ -5,12 +5,13 @@
 | mlp | skip the MLP |
 | layer | go by unchanged; text still attends to keys and values made of them |
 | apart | attend to the text before them and to themselves, not to each other |
+| near | attend to the text before them and to a square of neighbours in the raster, before and behind them |
 
 Work leaves the graph: products have as many rows as there are text columns. Decode does not change.
 
 Source: YOPO, "Treat visual tokens as text? But your MLLM only needs fewer efforts to see" (arXiv:2410.06169), and for
 `apart` NAAViT of SAISA (arXiv:2502.02458). We differ: nothing is trained for it, and layers are chosen by how little it
-changes visual columns on calibration images.
+changes visual columns on calibration images. Tiles have a raster each; the line breaks of one are its last column.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..errors import PassError, nearest
 from ..prompt import Prompt
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import locate
+from ..surgery.near import side
 from ..surgery.neurons import find_mlp
 from ..surgery.selection import attached
 from ..surgery.talk import Talk, see_all
@@ -35,7 +37,8 @@ from .calibration import MEASURED, Calibration
 from .inside.methods import METHODS
 from .tokens.method import parse
 
-WHATS = {"mlp": "mlp", "layer": "layers", "apart": "apart"}  # and the field of Idle
+WHATS = {"mlp": "mlp", "layer": "layers", "apart": "apart", "near": "near"}  # and the field of Idle
+WINDOW = 5  # YOPO's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,13 @@ class SkipVisual(Pass):
     """In `count` layers, those where it changes visual columns least, or in `layers`, visual columns skip `what`."""
 
     name: ClassVar[str] = "skip-visual"
-    summary: ClassVar[str] = "visual tokens skip MLPs, whole layers or each other in the language model; none leaves"
+    summary: ClassVar[str] = "visual tokens skip MLPs, layers or tokens far off in the language model; none leaves"
     source: ClassVar[str] = "YOPO, arXiv:2410.06169; NAAViT, arXiv:2502.02458"
 
-    what: str  # mlp, layer or apart
+    what: str  # mlp, layer, apart or near
     count: int
     layers: tuple[int, ...] | None = None  # measured when absent
+    window: int | None = None  # of `near`: side of the square of tokens, odd; 5 when absent
 
     def plan(self, a: Anatomy) -> Anatomy:
         if self.what not in WHATS:
@@ -64,33 +68,86 @@ class SkipVisual(Pass):
                 "on text alone sees all",
                 hint='use what = "mlp"',
             )
+        if self.window is not None and self.what != "near":
+            raise PassError(f"{self.name}: window={self.window} says nothing of `{self.what}`", hint='it is for "near"')
+        if self.what == "near":
+            self._check_rasters(a)
         free = self.candidates(a)
         if not 1 <= self.count <= len(free):
             raise PassError(
-                f"{self.name}: count={self.count}, but visual tokens can skip {len(free)} of {language.layers} layers",
+                f"{self.name}: count={self.count}, but visual tokens can skip {len(free)} of {language.layers} layers"
+                + self._holes(a),
                 hint=f"choose 1 to {len(free)}" if free else "leave this pass out",
             )
         layers = self.layers if self.layers is not None else free[-self.count :]  # the last one is taken first
         if len(set(layers)) != self.count or not set(layers) <= set(free):
             raise PassError(
-                f"{self.name}: layers={list(layers)} must be {self.count} different ones of {list(free)}",
+                f"{self.name}: layers={list(layers)} must be {self.count} different ones of {list(free)}"
+                + self._holes(a),
                 hint="leave `layers` out to have them measured",
             )
         field = WHATS[self.what]
-        return replace(a, idle=replace(a.idle, **{field: tuple(sorted((*getattr(a.idle, field), *layers)))}))
+        idle = replace(a.idle, **{field: tuple(sorted((*getattr(a.idle, field), *layers)))})
+        return replace(a, idle=replace(idle, window=self._window) if self.what == "near" else idle)
+
+    @property
+    def _window(self) -> int:
+        return WINDOW if self.window is None else self.window
+
+    def _check_rasters(self, a: Anatomy) -> None:
+        """Refuse what leaves a token without its neighbours."""
+        for keep, bucket in zip(a.keep, a.buckets, strict=True):
+            if not bucket.panels:
+                raise PassError(
+                    f"{self.name}: nobody knows where the visual tokens of `{a.family}` lie in the picture",
+                    hint='use what = "apart"',
+                )
+            if keep != bucket.tokens:
+                raise PassError(
+                    f"{self.name}: `{a.method}` keeps {keep} of {bucket.tokens} visual tokens, which are no raster",
+                    hint='leave prune-tokens out, or use what = "apart"',
+                )
+        shapes = [[(p.rows, p.columns, p.line_breaks) for p in bucket.panels] for bucket in a.buckets]
+        for bucket, shape in zip(a.buckets, shapes, strict=True):
+            if shape != shapes[0]:
+                raise PassError(
+                    f"{self.name}: images of {a.buckets[0].name} and {bucket.name} pixels have different rasters, "
+                    f"{_rasters(shapes[0])} and {_rasters(shape)}, and the prefill graph serves them all",
+                    hint="convert with one --image-size",
+                )
+        most = 2 * side(a.buckets[0].panels) - 1
+        if self._window % 2 == 0 or not 3 <= self._window <= max(most, 3):
+            raise PassError(
+                f"{self.name}: window={self._window} of rasters of {_rasters(shapes[0])} tokens",
+                hint=f"choose an odd number from 3 to {max(most, 3)}, which sees all",
+            )
+        if a.idle.near and a.idle.window != self._window:
+            raise PassError(
+                f"{self.name}: window={self._window}, and other layers have {a.idle.window} already",
+                hint="choose one window",
+            )
+
+    def _holes(self, a: Anatomy) -> str:
+        """Why layers behind a rung are not among the candidates."""
+        if self.what != "near" or not a.ladder:
+            return ""
+        return f"; from layer {a.ladder[0].layer} on visual tokens have left, and the others are no raster"
 
     def candidates(self, a: Anatomy) -> tuple[int, ...]:
         """Layers in which visual columns may skip it.
 
-        Not those where they do less already, nor those whose queries, keys or neurons choose who goes on.
+        Not those where they do less already, nor those whose queries, keys or neurons choose who goes on; and none
+        where neighbours have left.
         """
-        taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart}
+        taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart, *a.idle.near}
         row = None if a.inside is None else parse(a.inside, METHODS, self.name)[0]
         if row is not None and row.choose is not None and self.what != "mlp":
             taken |= {layer for rung in a.ladder if rung.share for layer in (rung.layer - 1, rung.layer)}
         if row is not None and row.neurons:
             taken |= {rung.layer - 1 for rung in a.ladder if rung.share}
         last = a.ladder[-1].layer if a.ladder and not a.ladder[-1].share else a.language.layers
+        if self.what == "near" and a.ladder:
+            last = a.ladder[0].layer
         return tuple(i for i in range(a.language.layers) if i not in taken and i < last)
 
     def notes(self, a: Anatomy) -> list[str]:
@@ -111,10 +168,16 @@ class SkipVisual(Pass):
         attached(model).idle = self.plan(a).idle
 
 
+def _rasters(shapes: Sequence[tuple[int, int, bool]]) -> str:
+    """Rasters in words, line breaks counted."""
+    return " + ".join(f"{rows}x{columns + breaks}" for rows, columns, breaks in shapes)
+
+
 def visual_change(model: Any, what: str, layers: Sequence[int], calibration: Calibration) -> dict[int, float]:
     """How far each of these layers, for `mlp` its MLP, moves visual columns: |change| / |column|, mean over columns.
 
-    For `apart` it is the whole layer too: how far attention to other visual tokens moves them is not told apart.
+    For `apart` and `near` it is the whole layer too: how far attention to other visual tokens moves them is not told
+    apart.
     """
     blocks: Any = locate(model).language_layers
     looked = [see_all(model, prompt) for prompt in calibration.prompts[:MEASURED]]

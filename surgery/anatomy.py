@@ -77,6 +77,8 @@ class Idle:
     mlp: tuple[int, ...] = ()  # they skip the MLP
     layers: tuple[int, ...] = ()  # they go by, and only give keys and values
     apart: tuple[int, ...] = ()  # they attend to text and themselves, not to each other
+    near: tuple[int, ...] = ()  # they attend to text and to those next to them in the raster, on all sides
+    window: int = 0  # of `near`: side of the square that they see, in tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,8 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
         multiplied = count * seen if every else pairs(count, seen, window)
         if layer in idle.layers:  # text alone asks
             multiplied = text * seen
-        elif layer in idle.apart:  # and visual tokens ask text
-            multiplied = text * seen + (count - text) * text
+        elif layer in (*idle.apart, *idle.near):  # and visual tokens ask text, and their neighbours
+            beside = idle.window**2 if layer in idle.near else 0
+            multiplied = text * seen + (count - text) * (text + beside)
         flops += 2 * (count * keys + asking * queries + working * mlp) + 4 * multiplied * heads * lm.head_dim
     return flops

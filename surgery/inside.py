@@ -197,7 +197,7 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
     with ExitStack() as stack:
         for i in asking if about.inside and about.inside.leaver.neurons else ():
             stack.callback(_watch_neurons(layers[i], i, neurons).remove)
-        stack.enter_context(idling(layers, parts.language.config, about.idle, passage))
+        stack.enter_context(idling(layers, parts.language.config, about.idle, about.buckets[0].panels, passage))
         taps = stack.enter_context(tapping(attentions))
         for index in range(ladder[0].layer, len(layers)) if ladder else ():
             rung = next((i for i, r in enumerate(ladder) if r.layer == index), None)

@@ -2,7 +2,8 @@
 
 Columns are split in two, so that the work falls in the graph too: products over fewer rows, not masks. What visual
 tokens may do without is asked by YOPO ("Treat visual tokens as text? But your MLLM only needs fewer efforts to see",
-arXiv:2410.06169) and, of attention among themselves, by SAISA (NAAViT, arXiv:2502.02458).
+arXiv:2410.06169) and, of attention among themselves, by SAISA (NAAViT, arXiv:2502.02458). Neighbours are gathered by a
+constant index, so that no block of all visual columns by all of them is made.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..manifest import Panel
 from .anatomy import Idle
+from .near import neighbours, repeated
 from .neurons import find_mlp
 from .picking import topk
 from .taps import intercepting, peek
@@ -79,19 +82,22 @@ class Reader(Protocol):
 
 
 @contextmanager
-def idling(layers: Sequence[Any], config: Any, idle: Idle, reader: Reader) -> Iterator[None]:
+def idling(layers: Sequence[Any], config: Any, idle: Idle, panels: tuple[Panel, ...], reader: Reader) -> Iterator[None]:
     """While inside, visual columns of the prompts that the layers read leave work out.
 
     Args:
         config: of the language model.
+        panels: of every image, where columns see their neighbours.
     """
     with ExitStack() as stack:
         for index in idle.mlp:
             mlp = find_mlp(layers[index])
             assert mlp is not None
             stack.enter_context(_forward(mlp.module, _text_alone(mlp.module.forward, reader)))
-        for index in (*idle.layers, *idle.apart):
-            visual = None if index in idle.layers else _own_column
+        halves: dict[int, Half | None] = dict.fromkeys(idle.layers) | dict.fromkeys(idle.apart, _own_column)
+        if idle.near:
+            halves |= dict.fromkeys(idle.near, _neighbours(panels, idle.window))
+        for index, visual in halves.items():
             layer = layers[index]
             stack.enter_context(_forward(layer, _halves(layer.forward, config, reader, visual)))
         yield
@@ -178,16 +184,51 @@ def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Ha
 def _own_column(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Split, seen: Tensor) -> Tensor:
     """Attention of visual columns to the text that they see and to themselves: [B, heads, N, d] -> [B, N, heads, d]."""
     group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    k_text, v_text = (take(t, parts.text, -2, -4) for t in (k, v))
-    k_own, v_own = (take(t, parts.visual, -2, -4) for t in (k, v))
+    k_own, v_own = (take(t, parts.visual, -2, -4).repeat_interleave(group, dim=1) for t in (k, v))
+    own = (q * k_own).sum(dim=-1, keepdim=True)
+    words, share = _beside_text(q, k, v, scale, parts, seen, own)
+    return (words + share * v_own).transpose(1, 2)
+
+
+def _neighbours(panels: tuple[Panel, ...], window: int) -> Half:
+    """Attention of visual columns to the text that they see and to those next to them in the panels of their image."""
+
+    def half(q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Split, seen: Tensor) -> Tensor:
+        index, there = map(torch.from_numpy, repeated(neighbours(panels, window), q.shape[2]))
+        columns = parts.visual.index_select(1, index.flatten())
+        k_near, v_near = (take(t, columns, -2, -4).unflatten(-2, index.shape) for t in (k, v))
+        grouped = q.unflatten(1, (k.shape[1], -1)).transpose(2, 3)  # [B, kv_heads, N, heads of one, d]
+        own = (grouped @ k_near.transpose(-1, -2)).transpose(2, 3).flatten(1, 2)
+        words, share = _beside_text(q, k, v, scale, parts, seen, own, there)
+        found = share.unflatten(1, (k.shape[1], -1)).transpose(2, 3) @ v_near
+        return (words + found.transpose(2, 3).flatten(1, 2)).transpose(1, 2)
+
+    return half
+
+
+def _beside_text(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, parts: Split, seen: Tensor, own: Tensor, there: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the text that visual columns see and `m` others.
+
+    Args:
+        own: products with the keys of those others, [B, heads, N, m], not scaled.
+        there: bool [N, m], which of them are seen; None: all.
+
+    Returns:
+        What they take from text, [B, heads, N, d], and what they give to the others, [B, heads, N, m].
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    words = (q @ k_text.transpose(-1, -2)).to(wide) * scale
-    words = torch.where(take(seen, parts.text, -1, -4), words, torch.finfo(wide).min)
-    own = (q * k_own).sum(dim=-1, keepdim=True).to(wide) * scale
+    group, least = q.shape[1] // k.shape[1], torch.finfo(wide).min
+    k_text, v_text = (take(t, parts.text, -2, -4) for t in (k, v))
+    if group > 1:
+        k_text, v_text = (t.repeat_interleave(group, dim=1) for t in (k_text, v_text))
+    words = torch.where(take(seen, parts.text, -1, -4), (q @ k_text.transpose(-1, -2)).to(wide) * scale, least)
+    own = own.to(wide) * scale
+    own = own if there is None else torch.where(there, own, least)
     share = torch.softmax(torch.cat([words, own], dim=-1), dim=-1).to(v.dtype)
-    return (share[..., :-1] @ v_text + share[..., -1:] * v_own).transpose(1, 2)
+    text = words.shape[-1]
+    return share[..., :text] @ v_text, share[..., text:]
 
 
 def of_columns(columns: Tensor, x: Tensor, *beside: Any) -> list[Any]:

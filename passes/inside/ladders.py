@@ -26,9 +26,11 @@ from ..calibration import MEASURED, Calibration
 from ..importance import Answers
 from ..tokens.method import Options
 from . import scores
+from .method import Usual, usual_ladder
 
 RUNGS = 4  # of a measured ladder at most: each makes the graphs one cache of another length
 _NEAR = 0.01  # FitPrune's tolerance of its one number
+CORE: Usual = ((5 / 32, 0.25),)
 
 
 def first_layer(a: Anatomy) -> int:
@@ -215,6 +217,72 @@ def find_fit(model: Any, a: Anatomy, calibration: Calibration, options: Options)
             low = alpha
     calibration.progress(f"fitprune: {1 - high:.3f} of the attention to visual tokens stays in every layer")
     return found
+
+
+# --- CoreMatching: as many as stand above the bend of the sorted scores
+
+
+def expect_elbow(a: Anatomy, options: Options) -> tuple[Rung, ...]:
+    """The usual share, until it is measured; the layer is the usual one."""
+    if min(a.keep) < 3:
+        raise PassError(
+            f"prune-inside: core:elbow=true looks for a bend in the scores of {min(a.keep)} visual tokens, 3 at least",
+            hint="give layers and share",
+        )
+    return usual_ladder(CORE, a.language.layers, a.language.levels)
+
+
+@dataclass
+class _Scored:
+    """Keeps everyone, and writes down how many neurons each visual token has in common with the last column."""
+
+    found: list[Tensor] = field(default_factory=list)  # float64 [N] for each prompt
+    method, before, neurons = "core", False, True
+
+    def __call__(self, state: LayerState, keep: int) -> Going:
+        seen = state.columns.visual[0]
+        self.found.append(scores.in_common(state)[seen].double())
+        return Going(torch.nonzero(seen).T)
+
+
+def above_elbow(score: Tensor) -> int:
+    """How many stand above the elbow of their scores in descending order: the point farthest from the chord.
+
+    Args:
+        score: whole numbers, [N]. All of them stay where they lie on the chord.
+    """
+    curve = torch.sort(score.double(), descending=True).values
+    steps = len(curve) - 1
+    # Times the steps, so that a line of whole numbers is one without rounding.
+    away = ((curve - curve[0]) * steps - (curve[-1] - curve[0]) * torch.arange(len(curve))).abs()
+    return int(away.argmax()) if away.any() else len(curve)
+
+
+def find_elbow(model: Any, a: Anatomy, calibration: Calibration, options: Options) -> tuple[Rung, ...]:
+    """The share of visual tokens above the elbow of their scores, mean over prompts.
+
+    Source: CoreMatching, arXiv:2505.19235. We differ: it keeps what is above the elbow of each prompt; a static graph
+    has one share, and keeps the best so many.
+
+    Raises:
+        PassError: scores do not bend, and nobody would leave.
+    """
+    (rung,) = expect_elbow(a, options)
+    watcher = _Scored()
+    with climbing(model, Inside(watcher, (Rung(rung.layer, 1.0),))):
+        for prompt in calibration.prompts[:MEASURED]:
+            shrunk, seen = see_all(model, prompt)
+            Talk.read(model, [shrunk], [seen])
+    shares = [above_elbow(score) / len(score) for score in watcher.found]
+    found = Rung(rung.layer, _up(sum(shares) / len(shares)))
+    calibration.progress(f"core: {found.share:.3f} of the visual tokens, {min(shares):.3f} to {max(shares):.3f}, go on")
+    if any(found.stay(n) >= n for n in a.keep):
+        raise PassError(
+            f"prune-inside: core:elbow=true, but scores at layer {found.layer} do not bend: {found.share:g} of "
+            f"{min(a.keep)} visual tokens are all of them",
+            hint="give layers and share",
+        )
+    return (found,)
 
 
 def _up(share: float) -> float:

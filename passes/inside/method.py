@@ -15,6 +15,18 @@ from ..tokens.method import Options
 Usual = tuple[tuple[float, float], ...]  # depth, as a fraction of the layers, and share of the tokens that stay
 
 
+def usual_ladder(usual: Usual, layers: int, levels: int = 0) -> tuple[Rung, ...]:
+    """The ladder of a method where nobody gives one: the paper's, scaled to the depth, behind the last DeepStack level.
+
+    Where two rungs meet in a shallow model, the later one stands a layer higher.
+    """
+    found: list[Rung] = []
+    for depth, share in usual:
+        least = max(1, levels, found[-1].layer + 1 if found else 0)
+        found.append(Rung(max(least, round(depth * layers)), share))
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Measured:
     """How a method finds its ladder on calibration prompts, where nobody gives one and an option is not 0."""

@@ -222,11 +222,13 @@ METHODS: dict[str, Method] = {
         source="arXiv:2505.19235",
         summary="neurons of the layer before that are active in a token and in the prompt's last column, a count",
         choose=_core,
-        usual=((5 / 32, 0.25),),
+        usual=ladders.CORE,
+        options={"elbow": False},
+        measured=Measured("elbow", ladders.expect_elbow, ladders.find_elbow),
         neurons=True,
-        differs="the number of tokens is fixed, not where the sorted counts bend, the usual share is ours; the last "
-        "column asks, its code takes the fifth from the end; tokens leave, its code zeroes their keys and values in "
-        "some layers; no neuron leaves",
+        differs="the share is one for all prompts: ours, or with elbow=true the mean of where the sorted counts bend; "
+        "the last column asks, its code takes the fifth from the end; tokens leave, its code zeroes their keys and "
+        "values in some layers; no neuron leaves",
     ),
     "vlapruner": Method(
         title="VLA-Pruner",

@@ -23,8 +23,9 @@ from vlmcut.exporters.graphs import write_graphs
 from vlmcut.exporters.operators import Contrib, Operators, Standard
 from vlmcut.manifest import Manifest, Rung, TokenBudget, visual_left
 from vlmcut.passes.drop_layers import DropLayers
+from vlmcut.passes.inside.method import usual_ladder
 from vlmcut.passes.inside.methods import METHODS, recycled
-from vlmcut.passes.prune_inside import PruneInside, from_flags, usual_ladder
+from vlmcut.passes.prune_inside import PruneInside, from_flags
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make
 from vlmcut.passes.skip_visual import SkipVisual
@@ -326,6 +327,7 @@ STEPS_OF_WORK = {
     "mlp": [SkipVisual(what="mlp", count=2, layers=(0, 1))],
     "layer": [SkipVisual(what="layer", count=2, layers=(0, 2))],
     "apart": [SkipVisual(what="apart", count=1, layers=(1,))],
+    "near": [SkipVisual(what="near", count=2, layers=(0, 1), window=3)],
     "exit, then mlp": [
         PruneInside(method="exit", layers=(2,), share=(0.0,)),
         SkipVisual(what="mlp", count=1, layers=(0,)),
@@ -409,7 +411,7 @@ def test_deepstack_comes_before_the_first_rung(tiny) -> None:
     with pytest.raises(PassError, match="features of 2 tower blocks enter behind layers 0 to 1") as error:
         PruneInside(layers=(1,), share=(0.5,)).plan(a)
     assert error.value.hint == f"choose 2 to {a.language.layers - 1}"
-    assert usual_ladder(METHODS["fastv"], a.language.layers, 2) == (Rung(2, 0.5),)
+    assert usual_ladder(METHODS["fastv"].usual, a.language.layers, 2) == (Rung(2, 0.5),)
 
 
 def test_a_convolution_between_layers_is_refused(tiny) -> None:
@@ -446,9 +448,9 @@ def test_flags() -> None:
 
 def test_a_papers_ladder_on_a_real_depth() -> None:
     """LLaVA-1.5 of 32 layers: PyramidDrop's 8, 16, 24 and FastV's 2."""
-    assert usual_ladder(METHODS["pyramiddrop"], 32) == (Rung(8, 0.5), Rung(16, 0.25), Rung(24, 0.125))
-    assert usual_ladder(METHODS["fastv"], 32) == (Rung(2, 0.5),)
-    assert [r.layer for r in usual_ladder(METHODS["sparsevlm"], 32)] == [3, 7, 16]
+    assert usual_ladder(METHODS["pyramiddrop"].usual, 32) == (Rung(8, 0.5), Rung(16, 0.25), Rung(24, 0.125))
+    assert usual_ladder(METHODS["fastv"].usual, 32) == (Rung(2, 0.5),)
+    assert [r.layer for r in usual_ladder(METHODS["sparsevlm"].usual, 32)] == [3, 7, 16]
 
 
 @given(st.integers(1, 600), st.lists(st.floats(0, 0.999), min_size=1, max_size=4, unique=True))

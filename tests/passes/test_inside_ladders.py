@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -13,19 +14,22 @@ from vlmcut.errors import PassError
 from vlmcut.manifest import Rung, read
 from vlmcut.passes.calibration import Calibration, read_calibration
 from vlmcut.passes.importance import TOKENS
-from vlmcut.passes.inside.ladders import Watcher, climbing, few_rungs, left, work_of
+from vlmcut.passes.inside import scores
+from vlmcut.passes.inside.ladders import Watcher, above_elbow, climbing, few_rungs, left, work_of
 from vlmcut.passes.prune_inside import PruneInside, from_flags
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.recipe import make, parse
+from vlmcut.passes.trim_tower import TrimTower
 from vlmcut.pipeline import Request
 from vlmcut.surgery.inside import Inside
 from vlmcut.surgery.load import Loaded, describe, locate
+from vlmcut.surgery.neurons import find_mlp
 from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, greedy, see_all, stop_ids
 
 from .test_inside import MUST, recorded, wide_window
 
-MEASURED = {"exit": "exit:tolerance=1e9", "fitprune": "fitprune:work=0.8"}
+MEASURED = {"exit": "exit:tolerance=1e9", "fitprune": "fitprune:work=0.8", "core": "core:elbow=true"}
 
 
 @pytest.mark.parametrize("method", MEASURED)
@@ -44,6 +48,10 @@ def test_what_was_measured_is_written_out(kind: str, method: str, tiny, prompt) 
     first = max(1, a.language.levels)
     if method == "exit":
         assert found.ladder == (Rung(first, 0.0),)  # every tolerance is met there
+    elif method == "core":
+        assert isinstance(done.passes[-1], PruneInside)
+        assert found.ladder == done.passes[-1].ladder(a)
+        assert [rung.layer for rung in found.ladder] == [max(first, round(5 / 32 * a.language.layers))]
     else:
         assert found.ladder and work_of(found.ladder, a.language.layers) <= 0.8
         assert all(first <= rung.layer < a.language.layers for rung in found.ladder)
@@ -183,6 +191,76 @@ def test_fitprune_leaves_the_work_that_is_asked_for(work: float, tiny) -> None:
     assert done.plan(a).ladder == ladder and attached(loaded.model).inside is None
 
 
+# --- CoreMatching
+
+
+def farthest(counts: np.ndarray) -> int:
+    """How many stand before the point that is farthest from the chord, by distances in the plane."""
+    curve = np.sort(counts)[::-1].astype(float)
+    first, last = np.array([0.0, curve[0]]), np.array([len(curve) - 1.0, curve[-1]])
+    chord = (last - first) / np.linalg.norm(last - first)
+    away = []
+    for x, y in enumerate(curve):
+        to = np.array([x, y]) - first
+        away.append(np.linalg.norm(to - (to @ chord) * chord))
+    return int(np.argmax(np.round(away, 9))) if max(away) > 1e-9 else len(curve)
+
+
+@pytest.mark.parametrize(
+    ("curve", "count"),
+    [
+        ([9, 9, 9, 1, 1, 1, 0], 3),  # three stand above the bend
+        ([9, 2, 1, 0], 1),
+        ([9, 9, 8, 8, 0], 3),  # it bulges: the corner itself is below
+        ([5, 5, 5, 5], 4),  # no bend: all stay
+        ([6, 4, 2, 0], 4),
+        ([3, 1], 2),
+    ],
+)
+def test_where_a_curve_bends(curve: list[float], count: int) -> None:
+    shuffled = np.random.default_rng(0).permutation(np.array(curve, dtype=float))
+    assert above_elbow(torch.from_numpy(shuffled)) == farthest(shuffled) == count
+
+
+def test_elbows_of_many_curves() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        counts = np.floor(40 * rng.random(rng.integers(3, 40)) ** rng.integers(1, 6))
+        assert above_elbow(torch.from_numpy(counts)) == farthest(counts)
+
+
+def test_the_share_is_the_mean_of_the_elbows(tiny) -> None:
+    """Counts of neurons in common from hooks on transformers' own model, prompt by prompt."""
+    loaded, plain = tiny("llava"), tiny("llava")
+    calibration, a = read_calibration(loaded, None), describe(loaded.model)
+    done = PruneInside(method="core:elbow=true").resolve(loaded.model, a, calibration)
+    mlp = find_mlp(locate(plain.model).language_layers[0])
+    assert mlp is not None and done.layers == (1,)
+    neurons: list[np.ndarray] = []
+    hook = mlp.reads.register_forward_pre_hook(lambda _, args: neurons.append(args[0][0].numpy()))
+    shares = []
+    for made in calibration.prompts:
+        pixels = torch.from_numpy(np.concatenate([p.pixel_values for p in made.pictures]))
+        with torch.no_grad():
+            plain.model(input_ids=torch.from_numpy(made.input_ids), pixel_values=pixels)
+        active = neurons.pop() > 0
+        counts = (active & active[-1]).sum(axis=1)[made.visual_index[0] >= 0]
+        shares.append(farthest(counts) / len(counts))
+    hook.remove()
+    assert len(set(shares)) > 1
+    assert done.share == (math.ceil(np.mean(shares) * 1e4 - 1e-9) / 1e4,)
+    assert done.plan(a).ladder[0].stay(16) < 16 and attached(loaded.model).inside is None
+
+
+def test_scores_that_do_not_bend_are_refused(tiny, monkeypatch) -> None:
+    loaded = tiny("llava")
+    monkeypatch.setattr(scores, "in_common", lambda state: torch.ones(state.columns.count))
+    step = PruneInside(method="core:elbow=true")
+    with pytest.raises(PassError, match="scores at layer 1 do not bend: 1 of 16 visual tokens are all") as error:
+        step.resolve(loaded.model, describe(loaded.model), read_calibration(loaded, None))
+    assert error.value.hint == "give layers and share"
+
+
 # --- the whole path
 
 
@@ -221,6 +299,7 @@ REFUSED = {
     "exit:tolerance=nan": ("exit:tolerance=nan is no divergence", "choose 0.05"),
     "fitprune:work=1.5": ("work=1.5: 1 of 3 layers see every visual token", "more than 0.333 and less than 1"),
     "fitprune:work=0.3": ("work=0.3: 1 of 3 layers see every visual token", "more than 0.333 and less than 1"),
+    "core:elbow=yes": ("option elbow = 'yes' is not true or false", "the default is false"),
     "fitprune:work=0.99": ("leaves 16 behind layer 1, where 16 arrive", "choose less work"),
 }
 
@@ -233,10 +312,23 @@ def test_refusals(method: str, tiny) -> None:
     assert fix in (error.value.hint or "")
 
 
+def test_two_points_have_no_bend(tiny) -> None:
+    a = TrimTower().plan(describe(tiny("llava").model))
+    step = PruneInside(method="core:elbow=true")
+    assert step.plan(PruneTokens(keep=3).plan(a)).ladder == (Rung(1, 0.25),)
+    with pytest.raises(PassError, match="in the scores of 2 visual tokens, 3 at least") as error:
+        step.plan(PruneTokens(keep=2).plan(a))
+    assert error.value.hint == "give layers and share"
+
+
 def test_a_ladder_is_given_or_measured() -> None:
     assert from_flags("exit", (), 2, 4, 0) == PruneInside(method="exit", layers=(2,), share=(0.0,))
     assert from_flags("exit:tolerance=0.1", (), None, 4, 0) == PruneInside(method="exit:tolerance=0.1")
-    for method, ladder, last in (("exit:tolerance=0.1", (), 2), ("fitprune:work=0.5", ((1, 0.5),), None)):
+    for method, ladder, last in (
+        ("exit:tolerance=0.1", (), 2),
+        ("fitprune:work=0.5", ((1, 0.5),), None),
+        ("core:elbow=true", ((1, 0.5),), None),
+    ):
         with pytest.raises(PassError, match="asks for a measured ladder") as error:
             from_flags(method, ladder, last, 4, 0)
         assert f"{method.partition(':')[0]} alone takes a ladder" in (error.value.hint or "")

@@ -23,11 +23,11 @@ from vlmcut.passes.base import PARTS
 from vlmcut.passes.calibration import observe, read_calibration
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
-from vlmcut.passes.drop_neurons import DropNeurons, neuron_importance
+from vlmcut.passes.drop_neurons import CHUNKS, DropNeurons, neuron_importance, shared_loss
 from vlmcut.passes.importance import RANKINGS, best_of_all, best_of_each, over_mean
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
-from vlmcut.passes.recipe import make
+from vlmcut.passes.recipe import make, parse
 from vlmcut.pipeline import Request
 from vlmcut.surgery import tiny as tiny_models
 from vlmcut.surgery.costs import costs
@@ -36,7 +36,7 @@ from vlmcut.surgery.load import Loaded, attach, describe, locate
 from vlmcut.surgery.neurons import Mlp, find_mlp, solid
 from vlmcut.surgery.selection import attached
 
-from .cut_helpers import MUST, cut, read
+from .cut_helpers import MUST, answered, cut, divergence, read
 
 # float32: the same terms without the zeros, summed in another order; logits are of size 3. Measured on x86 with one
 # thread: at most 3.4e-6.
@@ -126,6 +126,111 @@ def test_importance_by_a_loop(part: str, tiny) -> None:
         np.testing.assert_allclose(got.numpy(), importance, rtol=1e-12)  # float64 both; measured 5e-16
     a = describe(loaded.model)
     assert DropNeurons(part=part, fraction=0.5).resolve(loaded.model, a, data).keep == tuple(keep)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "internvl"])
+def test_planted_silent_neurons_are_never_active(kind: str, part: str, ranking: str, tiny) -> None:
+    """A neuron that is below 0 or 0 goes before one that is above at some token; of plain MLPs and gated ones."""
+    loaded = tiny(kind)
+    cut(loaded)
+    found = mlps(loaded.model, part)
+    total = found[0].neurons
+    dead = [sorted({(7 * layer + 5 * i) % total for i in range(4)}) for layer in range(len(found))]
+    for mlp, rows in zip(found, dead, strict=True):
+        last = mlp.makes[-1]  # up, or fc1, whose activation makes -1 negative
+        last.weight.data[rows] = 0
+        if last.bias is not None:
+            last.bias.data[rows] = 0 if len(mlp.makes) == 2 else -1
+    a = describe(loaded.model)
+    step = DropNeurons(part=part, fraction=4 / total, ranking=ranking, importance="activity")
+    done = step.resolve(loaded.model, a, read_calibration(loaded, None))
+    assert done.keep == tuple(tuple(i for i in range(total) if i not in gone) for gone in dead)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_activity_by_a_loop(part: str, tiny) -> None:
+    """The share of all rows of all prompts at which what the last projection reads is above 0, in NumPy."""
+    loaded = tiny("llava")
+    cut(loaded)
+    data = read_calibration(loaded, None)
+    reads = [mlp.reads for mlp in mlps(loaded.model, part)]
+    rows: list[list[np.ndarray]] = [[] for _ in reads]
+    observe(loaded.model, reads, lambda i, args, _: rows[i].append(args[0].flatten(0, -2).numpy()), data)
+    shares = [(np.concatenate(seen) > 0).mean(axis=0) for seen in rows]
+    a = describe(loaded.model)
+    each = DropNeurons(part=part, fraction=0.5, importance="activity").resolve(loaded.model, a, data).keep
+    half = [len(share) - round(len(share) / 2) for share in shares]
+    order = [np.argsort(-share, kind="stable") for share in shares]
+    assert each == tuple(tuple(sorted(o[:n].tolist())) for o, n in zip(order, half, strict=True))
+    # Together: a share is a share in every layer, and is not divided by the layer's mean.
+    step = DropNeurons(part=part, fraction=0.5, importance="activity", ranking="global")
+    assert step.resolve(loaded.model, a, data).keep == best_of_all([torch.from_numpy(s) for s in shares], sum(half))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_loss_is_what_the_answers_lose_without_a_chunk(part: str, tiny) -> None:
+    """Masked neurons of the whole model, and the divergence of its answers by another loop, prompt by prompt."""
+    loaded = tiny("llava")
+    cut(loaded)
+    data, found = read_calibration(loaded, None), mlps(loaded.model, part)
+    before, said = answered(loaded)
+    importance = []
+    for layer, mlp in enumerate(found):
+        rows: list[np.ndarray] = []
+        observe(loaded.model, [mlp.reads], lambda i, args, _, to=rows: to.append(args[0].flatten(0, -2).numpy()), data)
+        magnitude = np.abs(np.concatenate(rows).astype(np.float64)).mean(axis=0)
+        worth = magnitude * np.linalg.norm(mlp.reads.weight.detach().numpy().astype(np.float64), axis=0)
+        for chunk in np.array_split(np.argsort(-worth, kind="stable"), 8):
+            stays = [tuple(range(one.neurons)) for one in found]
+            stays[layer] = tuple(i for i in stays[layer] if i not in chunk)
+            with masked(loaded.model, part, stays):
+                worth[chunk] *= divergence(before, answered(loaded, said)[0]) / worth[chunk].sum()
+        importance.append(torch.from_numpy(worth))
+    a, half = describe(loaded.model), found[0].neurons // 2
+    step = DropNeurons(part=part, fraction=0.5, importance="loss", ranking="global")
+    done = step.resolve(loaded.model, a, data)
+    assert done.keep == best_of_all(importance, half * len(found))
+    assert done.keep is not None and len({len(kept) for kept in done.keep}) > 1  # widths follow the loss
+    (note,) = [n for n in step.notes(a) if "left out once" in n]
+    assert f"each of {8 * len(found)} chunks of neurons is left out once: {8 * len(found) + 1} answers" in note
+
+
+@pytest.mark.parametrize("importance", ["activation", "activity", "loss"])
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_what_was_measured_is_written_out(importance: str, ranking: str, tiny) -> None:
+    """The resolved recipe names the neurons, needs no data and makes the same model."""
+    loaded, again = tiny("llava-siglip-qwen2"), tiny("llava-siglip-qwen2")
+    steps = [DropNeurons(part=part, fraction=0.3, importance=importance, ranking=ranking) for part in PARTS]
+    data = read_calibration(loaded, None)
+    done = make(steps).apply(loaded.model, replace(data, prompts=data.prompts[:2]))
+    assert not done.needs_calibration and parse(done.to_toml()) == done
+    done.apply(again.model, None)
+    assert describe(again.model) == describe(loaded.model) == done.plan(describe(tiny("llava-siglip-qwen2").model))
+    state = again.model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize("neurons", [1, 5, 8, 20])
+def test_chunks_are_of_equal_size(neurons: int) -> None:
+    """The most active first; a chunk's loss is shared out in proportion; noise below 0 counts as none."""
+    activation = torch.arange(1, neurons + 1, dtype=torch.float64)
+    chunks: list[list[int]] = []
+
+    def loss(chunk: torch.Tensor) -> float:
+        chunks.append(chunk.tolist())
+        return -1e-18 if len(chunks) == 2 else float(len(chunks))
+
+    found = shared_loss(activation, loss)
+    assert len(chunks) == min(CHUNKS, neurons)
+    assert [i for chunk in chunks for i in chunk] == list(range(neurons))[::-1]
+    sizes = [len(chunk) for chunk in chunks]
+    assert max(sizes) - min(sizes) <= 1
+    for number, chunk in enumerate(chunks, start=1):
+        part = [(i + 1) / sum(j + 1 for j in chunk) * (0 if number == 2 else number) for i in chunk]
+        np.testing.assert_allclose(found[chunk], part, rtol=1e-15)  # float64: one product and one sum; measured 2e-16
+    assert not shared_loss(torch.zeros(neurons, dtype=torch.float64), lambda _: 0.0).any()
 
 
 def test_ties_go_to_the_lower_index() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,24 +16,38 @@ from torch import Tensor
 from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
+from vlmcut.exporters.engines import available, build_engine
+from vlmcut.exporters.graphs import write_graphs
 from vlmcut.exporters.operators import Contrib, Operators, Standard
-from vlmcut.manifest import TokenBudget
+from vlmcut.manifest import Panel, TokenBudget
+from vlmcut.passes.base import Pass
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.drop_layers import DropLayers
 from vlmcut.passes.prune_inside import PruneInside
-from vlmcut.passes.recipe import make
+from vlmcut.passes.prune_tokens import PruneTokens
+from vlmcut.passes.recipe import make, parse
 from vlmcut.passes.skip_visual import WHATS, SkipVisual, visual_change
+from vlmcut.passes.trim_tower import TrimTower
 from vlmcut.prompt import Prompt
-from vlmcut.surgery.anatomy import Idle
+from vlmcut.surgery.anatomy import Anatomy, Idle
 from vlmcut.surgery.costs import costs
 from vlmcut.surgery.load import Loaded, describe, locate
+from vlmcut.surgery.near import neighbours, repeated
 from vlmcut.surgery.neurons import find_mlp
+from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, see_all
 
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
 # float32: products over fewer rows, sums in another order; logits are of size 3. Measured on x86: at most 5.9e-6.
 ATOL = 2e-5
+
+
+WINDOW = 3  # of rasters of 2 x 2 tokens and more
+
+
+def skip(what: str, layers: tuple[int, ...]) -> SkipVisual:
+    return SkipVisual(what=what, count=len(layers), layers=layers, window=WINDOW if what == "near" else None)
 
 
 def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
@@ -44,6 +59,21 @@ def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
         talk = talk.say(torch.tensor([token]))
         rows.append(talk.logits[0])
     return torch.stack(rows)
+
+
+def beside(panels: Sequence[Panel], images: int, window: int) -> Tensor:
+    """Which visual tokens of some images see which, by a loop over their places: bool [N, N]."""
+    places = [
+        (image, number, row, column)
+        for image in range(images)
+        for number, panel in enumerate(panels)
+        for row in range(panel.rows)
+        for column in range(panel.columns + panel.line_breaks)
+    ]
+    near = [
+        [a[:2] == b[:2] and max(abs(a[2] - b[2]), abs(a[3] - b[3])) <= (window - 1) / 2 for b in places] for a in places
+    ]
+    return torch.tensor(near)
 
 
 @contextmanager
@@ -71,7 +101,11 @@ def whole_but_masked(loaded: Loaded, prompt: Prompt, what: str, layers: Sequence
         n = torch.arange(len(visual))
         mask = kwargs.get("attention_mask")
         seen = n[:, None] >= n if mask is None else (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
-        seen = seen & ~(visual[:, None] & visual & (n[:, None] != n))
+        among = torch.eye(int(visual.sum()), dtype=torch.bool)
+        if what == "near":  # in both directions of the raster
+            among = beside(attached(loaded.model).buckets[0].panels, len(prompt.pictures), WINDOW)
+        between = (visual[:, None] & visual).nonzero(as_tuple=True)
+        seen = seen.index_put(between, among.flatten())
         least = torch.finfo(args[0].dtype).min
         return args, kwargs | {"attention_mask": torch.where(seen, 0.0, least)[None, None]}
 
@@ -101,10 +135,11 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     make([]).apply(uncut.model, None)
     before = describe(cut.model)
     layers = (0, before.language.layers - 1)  # in the last one it changes nothing: nobody reads visual columns there
-    step = SkipVisual(what=what, count=len(layers), layers=layers)
+    step = skip(what, layers)
     make([step]).apply(cut.model, None)
     after = describe(cut.model)
-    assert after.idle == Idle(**{WHATS[what]: layers}) == step.plan(before).idle
+    idle = replace(Idle(**{WHATS[what]: layers}), window=WINDOW if what == "near" else 0)
+    assert after.idle == idle == step.plan(before).idle
     made = prompt(cut)
     tokens = [7 * i % before.language.vocabulary for i in range(1, STEPS + 1)]
     mine = said(cut, made, tokens)
@@ -113,7 +148,7 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     torch.testing.assert_close(mine, want, rtol=0, atol=ATOL)
     assert not torch.allclose(mine, said(uncut, made, tokens), atol=10 * ATOL)  # and it is another model
     flops = [sum(c.flops for c in costs(a, text_tokens=1) if c.part == "language model") for a in (before, after)]
-    assert what == "apart" or flops[1] < flops[0]  # a few visual tokens gain nothing by a mask
+    assert what in ("apart", "near") or flops[1] < flops[0]  # a few visual tokens gain nothing by a mask
 
 
 FORMS: dict[str, Callable[[], Operators]] = {"contrib": Contrib, "standard": Standard}
@@ -138,21 +173,50 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, tiny, prom
     a = describe(loaded.model)
     budget = TokenBudget(images=2, visual_tokens=a.visual_tokens, text_tokens=20, new_tokens=2)
     whole = onnx.export(components(loaded.model, budget, a.keep)[1], loaded.model, FORMS[form]())
-    make([SkipVisual(what=what, count=2, layers=(0, 2))]).apply(loaded.model, None)
+    make([skip(what, (0, 2))]).apply(loaded.model, None)
     component = components(loaded.model, budget, a.keep)[1]
     graph = onnx.export(component, loaded.model, FORMS[form]())
     lm, rows = a.language, 2 * a.visual_tokens * 2  # of two images, in two layers
     mlp, queries = 3 * lm.hidden * lm.intermediate[0], 2 * lm.hidden * lm.heads[0] * lm.head_dim
-    saved = {"mlp": mlp, "layer": mlp + queries, "apart": 0}[what]  # `apart` saves products of attention alone
+    saved = {"mlp": mlp, "layer": mlp + queries}.get(what, 0)  # the others save products of attention alone
     assert matrix_work(whole) - matrix_work(graph) == rows * saved
     session = ort.InferenceSession(ir.serde.serialize_model(graph).SerializeToString())
     shrunk, seen = see_all(loaded.model, made)
     table = torch.cat([s.features for s in seen])
     past = {name: x.numpy() for name, x in component.inputs.items() if name.startswith("past_")}
-    found = session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0]
+    found = np.asarray(session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0])
     talk = Talk.read(loaded.model, [shrunk], [seen])
     # float32: other kernels and padding. Measured 3.5e-6.
     np.testing.assert_allclose(found[0], talk.logits[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
+def test_neighbours_are_built_by_tensorrt(dtype: torch.dtype, tiny, tmp_path) -> None:
+    loaded = tiny("llava")
+    make([skip("near", (0, 2))]).apply(loaded.model, None)
+    loaded.model.to(dtype)
+    a = describe(loaded.model)
+    budget = TokenBudget(images=2, visual_tokens=a.visual_tokens, text_tokens=20, new_tokens=2)
+    infos = write_graphs(loaded.model, [budget], [a.keep], Standard(), tmp_path)
+    (prefill,) = [info for info in infos.values() if info.role == "prefill"]
+    report = build_engine(tmp_path / prefill.file, tmp_path / "prefill.plan", "rtx")
+    assert report.plan_bytes == (tmp_path / "prefill.plan").stat().st_size > 0
+    assert [(t.name, t.shape) for t in report.outputs] == [(t.name, t.shape) for t in prefill.outputs]
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_neighbours_are_those_of_a_loop(window: int) -> None:
+    """Rasters of several shapes, one with line breaks, of two images."""
+    panels = (Panel(rows=2, columns=3), Panel(rows=4, columns=1, line_breaks=True), Panel(rows=3, columns=5))
+    index, there = repeated(neighbours(panels, window), 2 * sum(panel.tokens for panel in panels))
+    found = np.zeros((len(index), len(index)), dtype=bool)
+    for row, (columns, real) in enumerate(zip(index, there, strict=True)):
+        assert len(set(columns[real])) == real.sum() and set(columns[~real]) <= {row}
+        found[row, columns[real]] = True
+    np.testing.assert_array_equal(found, beside(panels, 2, window).numpy())
+    with pytest.raises(ValueError, match="28 visual columns are no whole images of 29 tokens"):
+        repeated(neighbours(panels, window), 28)
 
 
 def test_layers_are_chosen_by_what_they_do_to_visual_columns(tiny, prompt) -> None:
@@ -193,8 +257,42 @@ def test_a_prompt_of_text_does_all_work(tiny) -> None:
     )
     for what in WHATS:
         cut = tiny("llava")
-        make([SkipVisual(what=what, count=1, layers=(0,))]).apply(cut.model, None)
+        make([skip(what, (0,))]).apply(cut.model, None)
         assert torch.equal(said(cut, made, [1]), said(uncut, made, [1]))
+
+
+def test_neighbours_are_measured_and_written_out(tiny, prompt) -> None:
+    """Layers are those that the measure names; the resolved recipe makes the same model without data."""
+    loaded, again = tiny("llava"), tiny("llava")
+    calibration = read_calibration(loaded, None)
+    change = visual_change(loaded.model, "near", (0, 1, 2), calibration)
+    step = SkipVisual(what="near", count=2, window=3)
+    recipe = make([step]).apply(loaded.model, calibration)
+    want = tuple(sorted(sorted(change, key=lambda i: change[i])[:2]))
+    assert recipe.passes[-1] == replace(step, layers=want) and not recipe.needs_calibration
+    assert parse(recipe.to_toml()) == recipe
+    recipe.apply(again.model, None)
+    assert describe(again.model) == describe(loaded.model)
+    assert torch.equal(said(again, prompt(again), [1]), said(loaded, prompt(loaded), [1]))
+
+
+def test_fewer_images_than_the_budget(tiny, prompt) -> None:
+    """The visual columns of one image stand behind padding where the graph has room for three."""
+    loaded = tiny("llava")
+    make([skip("near", (0, 1))]).apply(loaded.model, None)
+    a = describe(loaded.model)
+    made = prompt(loaded)
+    budget = TokenBudget(images=3, visual_tokens=a.visual_tokens, text_tokens=20, new_tokens=2)
+    component = components(loaded.model, budget, a.keep)[1]
+    graph = onnx.export(component, loaded.model, Standard())
+    session = ort.InferenceSession(ir.serde.serialize_model(graph).SerializeToString())
+    shrunk, seen = see_all(loaded.model, made)
+    table = np.zeros(component.inputs["image_features"].shape, np.float32)
+    table[: 2 * a.visual_tokens] = torch.cat([s.features for s in seen]).numpy()
+    past = {name: x.numpy() for name, x in component.inputs.items() if name.startswith("past_")}
+    found = np.asarray(session.run(["logits"], shrunk.pad(budget) | {"image_features": table} | past)[0])
+    # float32: other kernels and padding. Measured 1.9e-6.
+    np.testing.assert_allclose(found[0], Talk.read(loaded.model, [shrunk], [seen]).logits[0], rtol=0, atol=1e-5)
 
 
 REFUSED = {
@@ -202,6 +300,10 @@ REFUSED = {
     "none": ({"what": "mlp", "count": 0}, "count=0, but visual tokens can skip 3 of 3 layers", "choose 1 to 3"),
     "too many": ({"what": "layer", "count": 4}, "count=4", "choose 1 to 3"),
     "twice": ({"what": "mlp", "count": 2, "layers": (1, 1)}, r"layers=\[1, 1\] must be 2 different", "measured"),
+    "another's window": ({"what": "mlp", "count": 1, "window": 3}, "window=3 says nothing of `mlp`", "near"),
+    "even": ({"what": "near", "count": 1, "window": 4}, "window=4 of rasters of 4x4", "odd number from 3 to 7"),
+    "one": ({"what": "near", "count": 1, "window": 1}, "window=1 of rasters of 4x4", "odd number from 3 to 7"),
+    "wide": ({"what": "near", "count": 1, "window": 9}, "window=9 of rasters of 4x4", "odd number from 3 to 7"),
     "not there": ({"what": "mlp", "count": 1, "layers": (3,)}, r"must be 1 different ones of \[0, 1, 2\]", "measured"),
 }
 
@@ -230,6 +332,33 @@ def test_order_rules(tiny) -> None:
     gone = PruneInside(method="exit", layers=(1,), share=(0.0,)).plan(a)
     assert SkipVisual(what="layer", count=1).candidates(gone) == (0,)  # nobody is there to skip the others
     assert SkipVisual(what="mlp", count=1).candidates(idle) == (0, 2)
+
+
+def test_neighbours_need_a_whole_raster(tiny) -> None:
+    near = SkipVisual(what="near", count=1, window=3)
+    a = TrimTower().plan(describe(tiny("llava").model))
+
+    def refused(b: Anatomy, cause: str, fix: str, step: Pass = near) -> None:
+        with pytest.raises(PassError, match=cause) as error:
+            step.plan(b)
+        assert fix in (error.value.hint or "")
+
+    refused(PruneTokens(keep=5).plan(a), "`fastervlm` keeps 5 of 16 visual tokens", "leave prune-tokens out")
+    (bucket,) = a.buckets
+    refused(replace(a, buckets=(replace(bucket, panels=()),)), "nobody knows where", 'what = "apart"')
+    wide = replace(bucket, size=(8, 32), panels=(Panel(rows=2, columns=8),))
+    two = replace(a, buckets=(bucket, wide), keep=(16, 16))
+    refused(two, r"different rasters, 4x4 and 2x8", "one --image-size")
+    gone = PruneInside(method="exit", layers=(1,), share=(0.0,)).plan(a)
+    assert near.candidates(gone) == (0,)
+    refused(gone, "from layer 1 on visual tokens have left", "choose 1 to 1", replace(near, count=2))
+    refused(gone, r"ones of \[0\]; from layer 1 on", "measured", replace(near, layers=(1,)))
+    once = replace(near, layers=(0,)).plan(a)
+    assert once.idle == Idle(near=(0,), window=3)
+    assert replace(near, layers=(2,)).plan(once).idle == Idle(near=(0, 2), window=3)
+    assert SkipVisual(what="mlp", count=1, layers=(2,)).plan(once).idle == Idle(mlp=(2,), near=(0,), window=3)
+    refused(once, "window=5, and other layers have 3", "choose one window", SkipVisual(what="near", count=1))
+    refused(once, r"neighbours in layers \[0\], and some would go", "prune-tokens first", PruneTokens(keep=5))
 
 
 def test_windows_and_convolutions_are_refused(tiny) -> None:
