@@ -138,7 +138,7 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     step = skip(what, layers)
     make([step]).apply(cut.model, None)
     after = describe(cut.model)
-    idle = replace(Idle(**{WHATS[what]: layers}), window=WINDOW if what == "near" else 0)
+    idle = replace(Idle(window=WINDOW if what == "near" else 0), **{WHATS[what]: layers})
     assert after.idle == idle == step.plan(before).idle
     made = prompt(cut)
     tokens = [7 * i % before.language.vocabulary for i in range(1, STEPS + 1)]
