@@ -96,7 +96,7 @@ def test_the_runtime_knows_no_torch() -> None:
 
 
 def test_help_is_fast() -> None:
-    for name in ("__init__.py", "__main__.py", "cli.py", "errors.py"):
+    for name in ("__init__.py", "__main__.py", "cli.py", "flags.py", "errors.py"):
         assert not top_level(ROOT / name) & (HEAVY | {"numpy", "PIL"}), name
 
 
