@@ -286,8 +286,7 @@ def overlay(
         from vlmcut.runtime.bundle import Bundle
         from vlmcut.runtime.overlay import overlay as draw
 
-        drawing, kept, tokens = draw(Bundle(Path(source), keep=keep), *image, question=prompt, fit=fit)
-        lines = [f"{out}: {len(kept)} of {tokens} tokens kept"]
+        drawing, found = draw(Bundle(Path(source), keep=keep), *image, question=prompt, fit=fit)
     else:
         if (prune is None) == (keep is None):
             raise typer.BadParameter("--method needs one of --prune and --keep")
@@ -308,10 +307,10 @@ def overlay(
         drawing, found = gallery(
             source, planned.before, opened, method.split(","), planned.keeps[0], question=prompt, **hub
         )
-        lines = [f"{out}: {one.method}: {len(one.positions)} of {one.tokens} tokens kept" for one in found]
     with staged_file(out) as path:
         drawing.save(path, format="PNG")
-    print("\n".join(lines))
+    for one in found:
+        print(f"{out}: {one.name + ': ' if one.name else ''}{len(one.positions)} of {one.tokens} tokens kept")
 
 
 @app.command()
@@ -392,6 +391,10 @@ def sweep(
             best = search_run.run(wanted, original(), _progress)
             search_report.write(best, folder)
             data, text = search_report.to_json(best), search_report.summary(best)
+            same = "" if image_size is None else f" --image-size {image_size}"
+            text += f"\nConvert it: vlmcut convert {model} --recipe {out / 'recipe.toml'}{same} -o BUNDLE\n"
+            if as_json:
+                _progress(search_report.heldout(best))
         else:
             request = sweeping.Asked(**asked, timing=not no_timing)
             request.folder  # noqa: B018  refused before a model is read
