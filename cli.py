@@ -271,12 +271,12 @@ def overlay(
     method: Annotated[str | None, typer.Option("--method", help="Of a model; several side by side: a,b,c.")] = None,
     prune: Annotated[float | None, typer.Option("--prune", help="Of a model: fraction of tokens removed.")] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Visual tokens kept; of a bundle, which budget.")] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="For methods that depend on the question.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Where the choice depends on the question.")] = "",
     fit: flags.Fit = False,
     revision: flags.Revision = None,
     trust_remote_code: flags.Trust = False,
 ) -> None:
-    """Draw the tokens that reach the language model on the picture: of a bundle, or of several methods on a model."""
+    """Draw on the picture which tokens reach the language model and go on in it: of a bundle, or of several methods."""
     from vlmcut.exporters.staging import refuse_existing, staged_file
 
     refuse_existing(out)

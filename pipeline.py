@@ -143,11 +143,11 @@ def plan(request: Request) -> Plan:
                 f"{before.language.max_positions}",
                 hint="lower --images, --text-tokens or --new-tokens",
             )
-    if "int8" in _schemes(recipe) and (request.target != "onnx" or request.dtype != "float32"):
+    if "int8" in _schemes(whole) and (request.target != "onnx" or request.dtype != "float32"):
         raise ExportError(
-            f"--quantize int8 with --target {request.target} --dtype {request.dtype}: dynamic int8 is ONNX Runtime's, "
+            f"int8 with --target {request.target} --dtype {request.dtype}: dynamic int8 is ONNX Runtime's, "
             "on float32 activations",
-            hint="use --target onnx --dtype float32, or --dtype float16 without --quantize",
+            hint="use --target onnx --dtype float32, or --dtype float16 without int8",
         )
     notes = recipe.notes(before)
     if request.method is None and request.recipe is None and after.method is not None and before.method is None:
@@ -210,9 +210,9 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
-    flags, none = ({name: getattr(one, name) for name in _CUTS} for one in (request, Request(model=request.model)))
+    flags: dict[str, Any] = {name: getattr(request, name) for name in _CUTS}
     if request.recipe is not None:
-        if flags != none:
+        if flags != {name: getattr(Request(model=request.model), name) for name in _CUTS}:
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
         return recipes.read(request.recipe)
     if len(set(request.keep)) != len(request.keep):
@@ -225,8 +225,8 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
                 hint=f"choose 1 to {a.visual_tokens}",
             )
     # One model serves every budget; the smallest decides whether tokens are pruned at all.
-    smallest = min(request.keep) if request.keep else None
-    return recipes.from_flags(a, **(flags | {"keep": smallest}), seed=request.seed)
+    flags["keep"] = min(request.keep) if request.keep else None
+    return recipes.from_flags(a, **flags, seed=request.seed)
 
 
 def cut(request: Request, progress: Progress = lambda _: None) -> tuple[Loaded, Any, Recipe, dict[str, Any]]:

@@ -382,3 +382,10 @@ def test_cut_model_with_a_ladder_takes_the_images_that_its_recipe_takes(
     assert "loading" not in result.err
     for model, images in (("dart", 1), ("fastv", 2)):
         assert run("inspect", tmp_path / model, "--images", images).code == 0
+
+
+def test_cut_model_of_int8_is_for_what_its_recipe_is_for(run: Any, refuses: Refuses, tmp_path: Path) -> None:
+    assert run("cut", "tiny:llava", "--quantize", "int8", "-o", tmp_path / "int8").code == 0
+    for flags in (("--target", "rtx", "--defer-build"), ("--dtype", "float16")):
+        result = refuses("convert", "int8", "-o", "out", *flags, says=("int8 with", *flags[:2], "--target onnx"))
+        assert "loading" not in result.err

@@ -147,7 +147,7 @@ def test_nothing_is_good_enough(refuses: Refuses, sets: Path, tmp_path: Path) ->
     """Nothing is left behind, and the best that was reached is said."""
     refuses("sweep", "tiny:llava", "--search", "-o", "out", "--quality", sets / "search", "--confirm", sets / "held",
             "--methods", "uniform", "--keep", "1", "--seeds", "1", "--minutes", "1e-9",
-            says=("nothing was asked", "the time was over", "--minutes"))  # fmt: skip
+            says=("nothing was asked: the time was over (1e-09 minutes)", "4 questions", "--minutes"))  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", ["--min-quality 0.9", "--objective size", "--minutes 3", "--beam 2", "--confirm a",
