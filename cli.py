@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from vlmcut import flags
 from vlmcut.errors import VlmcutError
 
 if TYPE_CHECKING:
@@ -22,111 +23,41 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},  # of --help, on a terminal that is as wide
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="Folder, hub id, or tiny:llava (random, offline).")]
-BundlePath = Annotated[Path, typer.Argument(help="Folder made by `vlmcut convert`.")]
-Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="TOML recipe; replaces the flags that cut.")]
-Prune = Annotated[float | None, typer.Option("--prune", help="Fraction of visual tokens removed, 0 <= R < 1.")]
-Keep = Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image; several: 25,50,100.")]
-Method = Annotated[
-    str | None, typer.Option("--method", help="How tokens are chosen, see `vlmcut passes`; by the tower if not given.")
-]
-DropHeads = Annotated[str | None, typer.Option("--drop-heads", help="Fractions removed: vision:0.25,language:0.25.")]
-DropNeurons = Annotated[
-    str | None, typer.Option("--drop-neurons", help="Fractions removed: vision:0.25,language:0.25.")
-]
-Inside = Annotated[
-    str | None,
-    typer.Option("--inside", help="How visual tokens leave inside the language model: fastv, …"),
-]
-Ladder = Annotated[
-    str | None, typer.Option("--ladder", help="At which layers, and what share goes on: 8:0.5,16:0.25,24:0.")
-]
-Exit = Annotated[int | None, typer.Option("--exit", help="Language layer from which no visual token goes on.")]
-DropLayers = Annotated[str | None, typer.Option("--drop-layers", help="Counts removed: vision:1,language:1.")]
-Heal = Annotated[int | None, typer.Option("--heal", help="Steps of training towards the uncut model, after the cuts.")]
-Vocabulary = Annotated[
-    int | None, typer.Option("--vocabulary", help="Rows of the embedding and of lm_head that stay: of tokens in use.")
-]
-Quantize = Annotated[str, typer.Option("--quantize", help="none or int8.")]
-Calibration = Annotated[Path | None, typer.Option("--calibration", help="Images that measure importance.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of method `random` and of the verification inputs.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub id brings.")]
-ImageSize = Annotated[
-    str | None, typer.Option("--image-size", help="Pixels HxW of the images to take; several: 336x672,672x336.")
-]
-Frames = Annotated[int, typer.Option("--frames", help="Images in a row that are one clip with one budget.")]
-Images = Annotated[int, typer.Option("--images", help="Most images in one prompt.")]
-TextTokens = Annotated[int, typer.Option("--text-tokens", help="Room for text in a prompt.")]
-NewTokens = Annotated[int, typer.Option("--new-tokens", help="Most tokens of an answer.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Provider = Annotated[str, typer.Option("--provider", help="cpu or cuda.")]
-Fit = Annotated[bool, typer.Option("--fit", help="Resize an image whose size the bundle does not take.")]
-OneKeep = Annotated[int | None, typer.Option("--keep", help="Which budget, by tokens kept per image.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="New folder; an existing one is refused.")]
-
 
 @app.command()
+@flags.with_cuts
 def convert(
-    model: Model,
+    *,
+    model: flags.Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder; an existing one is refused.")] = None,
-    prune: Prune = None,
-    keep: Keep = None,
-    method: Method = None,
-    drop_heads: DropHeads = None,
-    drop_layers: DropLayers = None,
-    drop_neurons: DropNeurons = None,
-    inside: Inside = None,
-    ladder: Ladder = None,
-    exit_layer: Exit = None,
-    heal: Heal = None,
-    vocabulary: Vocabulary = None,
-    quantize: Quantize = "none",
-    recipe: Recipe = None,
+    cut_flags: dict[str, Any],
     target: Annotated[str, typer.Option("--target", help="onnx, rtx or trt.")] = "onnx",
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
-    image_size: ImageSize = None,
-    frames: Frames = 1,
-    images: Images = 1,
-    text_tokens: TextTokens = 128,
-    new_tokens: NewTokens = 128,
-    calibration: Calibration = None,
+    images: flags.Images = 1,
+    text_tokens: flags.TextTokens = 128,
+    new_tokens: flags.NewTokens = 128,
+    calibration: flags.Calibration = None,
     quality: Annotated[
         Path | None, typer.Option("--quality", help="Images and questions.jsonl; MODEL/heldout if it is there.")
     ] = None,
     questions: Annotated[int, typer.Option("--questions", min=0, help="How many of them; 0 for none.")] = 100,
     defer_build: Annotated[bool, typer.Option("--defer-build", help="Leave engines to `vlmcut build`.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; no weight is read.")] = False,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    seed: flags.Seed = 0,
+    as_json: flags.AsJson = False,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.Trust = False,
 ) -> None:
     """Cut a model, export it, verify it, and write a bundle that runs without torch."""
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(
-            model,
-            prune,
-            keep,
-            method,
-            drop_heads,
-            drop_layers,
-            drop_neurons,
-            inside,
-            ladder,
-            exit_layer,
-            heal,
-            quantize,
-            recipe,
-            image_size,
-            frames,
-        ),
-        vocabulary=vocabulary,
+        model=model,
+        **cut_flags,
         target=target,
         dtype=dtype,
         images=images,
@@ -159,33 +90,21 @@ def convert(
 
 
 @app.command()
+@flags.with_cuts
 def inspect(
+    *,
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or tiny:llava (random, offline).")] = None,
-    prune: Prune = None,
-    keep: Keep = None,
-    method: Method = None,
-    drop_heads: DropHeads = None,
-    drop_layers: DropLayers = None,
-    drop_neurons: DropNeurons = None,
-    inside: Inside = None,
-    ladder: Ladder = None,
-    exit_layer: Exit = None,
-    heal: Heal = None,
-    vocabulary: Vocabulary = None,
-    quantize: Quantize = "none",
-    recipe: Recipe = None,
-    image_size: ImageSize = None,
-    frames: Frames = 1,
-    images: Images = 1,
-    text_tokens: TextTokens = 128,
-    new_tokens: NewTokens = 128,
+    cut_flags: dict[str, Any],
+    images: flags.Images = 1,
+    text_tokens: flags.TextTokens = 128,
+    new_tokens: flags.NewTokens = 128,
     all_transformers: Annotated[
         bool, typer.Option("--all-transformers", help="Try every type that transformers registers, on tiny models.")
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="With --all-transformers: read only, export nothing.")] = False,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    as_json: flags.AsJson = False,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.Trust = False,
 ) -> None:
     """Show what a model is made of, where its work goes, what applies to it, and what a recipe would change."""
     from vlmcut import pipeline as api
@@ -202,24 +121,8 @@ def inspect(
     if eager:
         raise typer.BadParameter("--eager goes with --all-transformers")
     request = api.Request(
-        **_cuts(
-            model,
-            prune,
-            keep,
-            method,
-            drop_heads,
-            drop_layers,
-            drop_neurons,
-            inside,
-            ladder,
-            exit_layer,
-            heal,
-            quantize,
-            recipe,
-            image_size,
-            frames,
-        ),
-        vocabulary=vocabulary,
+        model=model,
+        **cut_flags,
         images=images,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
@@ -233,51 +136,23 @@ def inspect(
 
 
 @app.command()
+@flags.with_cuts
 def cut(
-    model: Model,
-    out: Out,
-    prune: Prune = None,
-    keep: Keep = None,
-    method: Method = None,
-    drop_heads: DropHeads = None,
-    drop_layers: DropLayers = None,
-    drop_neurons: DropNeurons = None,
-    inside: Inside = None,
-    ladder: Ladder = None,
-    exit_layer: Exit = None,
-    heal: Heal = None,
-    vocabulary: Vocabulary = None,
-    quantize: Quantize = "none",
-    recipe: Recipe = None,
-    image_size: ImageSize = None,
-    frames: Frames = 1,
-    calibration: Calibration = None,
-    seed: Seed = 0,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    *,
+    model: flags.Model,
+    out: flags.Out,
+    cut_flags: dict[str, Any],
+    calibration: flags.Calibration = None,
+    seed: flags.Seed = 0,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.Trust = False,
 ) -> None:
     """Surgery only: save the cut model as a folder that `vlmcut.load` reloads bit-equal."""
     from vlmcut import pipeline as api
 
     request = api.Request(
-        **_cuts(
-            model,
-            prune,
-            keep,
-            method,
-            drop_heads,
-            drop_layers,
-            drop_neurons,
-            inside,
-            ladder,
-            exit_layer,
-            heal,
-            quantize,
-            recipe,
-            image_size,
-            frames,
-        ),
-        vocabulary=vocabulary,
+        model=model,
+        **cut_flags,
         calibration=calibration,
         seed=seed,
         revision=revision,
@@ -292,11 +167,11 @@ def cut(
 
 @app.command()
 def verify(
-    bundle: BundlePath,
+    bundle: flags.BundlePath,
     against: Annotated[str | None, typer.Option("--against", help="Source model: fresh inputs, needs torch.")] = None,
-    provider: Provider = "cpu",
+    provider: flags.Provider = "cpu",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the fresh inputs.")] = 1,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Check every file and every graph again, from the golden tensors or against the model. Exit 1 if one is off."""
     import dataclasses
@@ -317,19 +192,19 @@ def verify(
 
 @app.command()
 def run(
-    bundle: BundlePath,
+    bundle: flags.BundlePath,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; <image> places an image in it.")],
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="An image; several are allowed.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="At most the budget's.")] = None,
-    keep: OneKeep = None,
+    keep: flags.OneKeep = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="Smallest budget first, larger where unsure.")] = False,
     confidence: Annotated[float | None, typer.Option("--confidence", help="Of --adaptive, 0..1.")] = None,
     frames_of: Annotated[Path | None, typer.Option("--frames-of", help="Folder of a video's frames.")] = None,
     similarity: Annotated[Path | None, typer.Option("--similarity", help="How each frame fits the question.")] = None,
     key_frames: Annotated[int | None, typer.Option("--key-frames", help="Most frames shown of --frames-of.")] = None,
-    provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
-    fit: Fit = False,
+    provider: flags.Provider = "cpu",
+    threads: flags.Threads = 0,
+    fit: flags.Fit = False,
 ) -> None:
     """Answer a question about pictures, streaming; needs no torch."""
     from vlmcut.runtime.bundle import Bundle
@@ -365,14 +240,14 @@ def run(
 
 @app.command()
 def bench(
-    bundle: BundlePath,
+    bundle: flags.BundlePath,
     vs: Annotated[Path | None, typer.Option("--vs", help="Another bundle, interleaved.")] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each.")] = 10,
     decode_tokens: Annotated[int, typer.Option("--decode-tokens", min=1, help="Tokens decoded per run.")] = 16,
-    keep: OneKeep = None,
-    provider: Provider = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
-    as_json: AsJson = False,
+    keep: flags.OneKeep = None,
+    provider: flags.Provider = "cpu",
+    threads: flags.Threads = 0,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Time to first token by graph, decode speed and peak memory, medians of full-budget prompts."""
     from vlmcut import tables
@@ -396,12 +271,12 @@ def overlay(
     method: Annotated[str | None, typer.Option("--method", help="Of a model; several side by side: a,b,c.")] = None,
     prune: Annotated[float | None, typer.Option("--prune", help="Of a model: fraction of tokens removed.")] = None,
     keep: Annotated[int | None, typer.Option("--keep", help="Visual tokens kept; of a bundle, which budget.")] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="For methods that depend on the question.")] = "",
-    fit: Fit = False,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Where the choice depends on the question.")] = "",
+    fit: flags.Fit = False,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.Trust = False,
 ) -> None:
-    """Draw the tokens that reach the language model on the picture: of a bundle, or of several methods on a model."""
+    """Draw on the picture which tokens reach the language model and go on in it: of a bundle, or of several methods."""
     from vlmcut.exporters.staging import refuse_existing, staged_file
 
     refuse_existing(out)
@@ -411,8 +286,7 @@ def overlay(
         from vlmcut.runtime.bundle import Bundle
         from vlmcut.runtime.overlay import overlay as draw
 
-        drawing, kept, tokens = draw(Bundle(Path(source), keep=keep), *image, question=prompt, fit=fit)
-        lines = [f"{out}: {len(kept)} of {tokens} tokens kept"]
+        drawing, found = draw(Bundle(Path(source), keep=keep), *image, question=prompt, fit=fit)
     else:
         if (prune is None) == (keep is None):
             raise typer.BadParameter("--method needs one of --prune and --keep")
@@ -433,16 +307,16 @@ def overlay(
         drawing, found = gallery(
             source, planned.before, opened, method.split(","), planned.keeps[0], question=prompt, **hub
         )
-        lines = [f"{out}: {one.method}: {len(one.positions)} of {one.tokens} tokens kept" for one in found]
     with staged_file(out) as path:
         drawing.save(path, format="PNG")
-    print("\n".join(lines))
+    for one in found:
+        print(f"{out}: {one.name + ': ' if one.name else ''}{len(one.positions)} of {one.tokens} tokens kept")
 
 
 @app.command()
 def sweep(
-    model: Model,
-    out: Out,
+    model: flags.Model,
+    out: flags.Out,
     methods: Annotated[str | None, typer.Option("--methods", help="a,b:option=2,c; all that apply otherwise.")] = None,
     prune: Annotated[str | None, typer.Option("--prune", help="Fractions removed; 0.5,0.75,0.9 if not given.")] = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Visual tokens kept per image instead: 36,72.")] = None,
@@ -473,18 +347,18 @@ def sweep(
     confirm: Annotated[
         Path | None, typer.Option("--confirm", help="Of --search: held-out questions; MODEL/heldout if not given.")
     ] = None,
-    calibration: Calibration = None,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="0 lets the runtime choose.")] = 0,
-    image_size: ImageSize = None,
-    as_json: AsJson = False,
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
+    calibration: flags.Calibration = None,
+    threads: flags.Threads = 0,
+    image_size: flags.ImageSize = None,
+    as_json: flags.AsJson = False,
+    revision: flags.Revision = None,
+    trust_remote_code: flags.Trust = False,
 ) -> None:
     """Try methods of choosing tokens at several budgets; or --search the best combination of all passes."""
     from vlmcut import pipeline as api
     from vlmcut.exporters.staging import staged
 
-    sizes = _sizes(image_size)
+    sizes = flags.sizes(image_size)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     asked = {
         "model": model, "quality": quality, "questions": questions, "seeds": seeds, "threads": threads, "sizes": sizes,
@@ -492,8 +366,8 @@ def sweep(
     }  # fmt: skip
     tokens = {
         "methods": () if methods is None else tuple(methods.split(",")),
-        "prune": () if prune is None else tuple(_numbers("--prune", prune.split(","), float)),
-        "keep": () if keep is None else tuple(_numbers("--keep", keep.split(","), int)),
+        "prune": () if prune is None else tuple(flags.numbers("--prune", prune.split(","), float)),
+        "keep": () if keep is None else tuple(flags.numbers("--keep", keep.split(","), int)),
     }
     only = {"min_quality": min_quality, "objective": objective, "minutes": minutes, "width": beam, "confirm": confirm,
             "calibration": calibration}  # fmt: skip
@@ -517,6 +391,10 @@ def sweep(
             best = search_run.run(wanted, original(), _progress)
             search_report.write(best, folder)
             data, text = search_report.to_json(best), search_report.summary(best)
+            same = "" if image_size is None else f" --image-size {image_size}"
+            text += f"\nConvert it: vlmcut convert {model} --recipe {out / 'recipe.toml'}{same} -o BUNDLE\n"
+            if as_json:
+                _progress(search_report.heldout(best))
         else:
             request = sweeping.Asked(**asked, timing=not no_timing)
             request.folder  # noqa: B018  refused before a model is read
@@ -528,7 +406,7 @@ def sweep(
 
 @app.command()
 def build(
-    bundle: BundlePath,
+    bundle: flags.BundlePath,
     target: Annotated[str | None, typer.Option("--target", help="trt or rtx; the bundle's own if not given.")] = None,
 ) -> None:
     """On the device: build the engines that a bundle deferred. Needs TensorRT, not torch."""
@@ -560,7 +438,7 @@ def lint(
 
 
 @app.command()
-def passes(as_json: AsJson = False) -> None:
+def passes(as_json: flags.AsJson = False) -> None:
     """List every pass and method with its source."""
     from vlmcut import tables
 
@@ -582,82 +460,6 @@ def _survey(eager: bool, as_json: bool) -> None:
         print(json.dumps([dataclasses.asdict(row) for row in found], indent=1))
     else:
         print(counts(found))
-
-
-def _cuts(
-    model: str,
-    prune: float | None,
-    keep: str | None,
-    method: str | None,
-    drop_heads: str | None,
-    drop_layers: str | None,
-    drop_neurons: str | None,
-    inside: str | None,
-    ladder: str | None,
-    exit_layer: int | None,
-    heal: int | None,
-    quantize: str,
-    recipe: Path | None,
-    image_size: str | None,
-    frames: int,
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "prune": prune,
-        "keep": () if keep is None else tuple(_numbers("--keep", keep.split(","), int)),
-        "method": method,
-        "drop_heads": _pairs("--drop-heads", drop_heads, float),
-        "drop_layers": _pairs("--drop-layers", drop_layers, int),
-        "drop_neurons": _pairs("--drop-neurons", drop_neurons, float),
-        "inside": inside,
-        "ladder": _ladder(ladder),
-        "exit_layer": exit_layer,
-        "heal": heal,
-        "quantize": quantize,
-        "recipe": recipe,
-        "frames": frames,
-        "image_size": _sizes(image_size),
-    }
-
-
-def _ladder(text: str | None) -> tuple[tuple[int, float], ...]:
-    rungs = []
-    for rung in [] if text is None else text.split(","):
-        layer, colon, share = rung.partition(":")
-        if not (colon and layer.isdecimal()):
-            raise typer.BadParameter(f"--ladder {rung}: write layer:share, for example 8:0.5,16:0.25")
-        rungs.append((int(layer), _numbers("--ladder", [share], float)[0]))
-    return tuple(rungs)
-
-
-def _numbers(flag: str, texts: list[str], kind: type) -> list[Any]:
-    try:
-        return [kind(t) for t in texts]
-    except ValueError as error:
-        raise typer.BadParameter(f"{flag} {','.join(texts)}: {error}") from error
-
-
-def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
-    return () if text is None else tuple(_size(one) for one in text.split(","))
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, cross, width = text.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise typer.BadParameter(f"--image-size {text}: write height x width in pixels, for example 336x672")
-    return int(height), int(width)
-
-
-def _pairs(flag: str, text: str | None, kind: type) -> dict[str, Any]:
-    found = {}
-    for item in [] if text is None else text.split(","):
-        part, colon, number = item.partition(":")
-        if not colon:
-            raise typer.BadParameter(f"{flag} {text}: write part:number, for example vision:1")
-        if part in found:
-            raise typer.BadParameter(f"{flag} {text}: names {part} twice")
-        found[part] = _numbers(flag, [number], kind)[0]
-    return found
 
 
 def _progress(text: str) -> None:

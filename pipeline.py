@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
+import inspect
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ TARGETS = ("onnx", "rtx", "trt")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "tensorrt",
           "tensorrt_rtx", "numpy", "vlmcut")  # fmt: skip
+_CUTS = inspect.signature(recipes.from_flags).parameters.keys() - {"a", "seed"}  # a request says them in these words
 _MOST_PIXELS = 1 << 26  # of one image; more would fill the memory before anything could be said
 
 Progress = Callable[[str], None]
@@ -59,9 +61,12 @@ class Request:
     drop_heads: Mapping[str, float] = field(default_factory=dict)
     drop_layers: Mapping[str, int] = field(default_factory=dict)
     drop_neurons: Mapping[str, float] = field(default_factory=dict)
+    importance: str | None = None  # how it is measured what is dropped; each pass's own if not given
+    ranking: str | None = None  # of heads and neurons: by layer or global; each pass's own if not given
     inside: str | None = None  # how tokens leave inside the language model
     ladder: tuple[tuple[int, float], ...] = ()  # layers and shares; the method's own if empty
     exit_layer: int | None = None  # from which no visual token goes on
+    skip_visual: Mapping[str, int] = field(default_factory=dict)  # what visual tokens skip in how many layers
     heal: int | None = None  # steps of training
     vocabulary: int | None = None  # rows of it that stay
     quantize: str = "none"
@@ -113,8 +118,8 @@ def plan(request: Request) -> Plan:
     if made and (request.recipe or request.prune is not None or request.keep):
         raise PassError(f"`{request.model}` is a cut model already", hint="cut the original model instead")
     recipe = _recipe(request, before)
-    if made:
-        recipes.make([*recipes.from_tables(made).passes, *recipe.passes]).check_order()
+    whole = recipes.make([*recipes.from_tables(made).passes, *recipe.passes])
+    whole.check_order()
     after = recipe.plan(before)
     keeps = tuple((k,) * len(before.buckets) for k in request.keep) or (after.keep,)
     for keep in keeps:
@@ -129,7 +134,7 @@ def plan(request: Request) -> Plan:
         )
         for keep in keeps
     )
-    _check_ladder(recipe, after, budgets, keeps)
+    _check_ladder(whole, after, budgets, keeps)
     for budget in budgets:
         if budget.cache > before.language.max_positions:
             raise ExportError(
@@ -138,11 +143,11 @@ def plan(request: Request) -> Plan:
                 f"{before.language.max_positions}",
                 hint="lower --images, --text-tokens or --new-tokens",
             )
-    if "int8" in _schemes(recipe) and (request.target != "onnx" or request.dtype != "float32"):
+    if "int8" in _schemes(whole) and (request.target != "onnx" or request.dtype != "float32"):
         raise ExportError(
-            f"--quantize int8 with --target {request.target} --dtype {request.dtype}: dynamic int8 is ONNX Runtime's, "
+            f"int8 with --target {request.target} --dtype {request.dtype}: dynamic int8 is ONNX Runtime's, "
             "on float32 activations",
-            hint="use --target onnx --dtype float32, or --dtype float16 without --quantize",
+            hint="use --target onnx --dtype float32, or --dtype float16 without int8",
         )
     notes = recipe.notes(before)
     if request.method is None and request.recipe is None and after.method is not None and before.method is None:
@@ -205,12 +210,9 @@ def _describe(request: Request) -> tuple[Anatomy, list[dict[str, Any]]]:
 
 
 def _recipe(request: Request, a: Anatomy) -> Recipe:
-    flags = request.prune is not None or request.keep or request.drop_heads or request.drop_layers
-    flags = flags or request.drop_neurons or request.method is not None or request.heal is not None
-    flags = flags or request.inside is not None or request.ladder or request.exit_layer is not None
-    flags = flags or request.vocabulary is not None
+    flags: dict[str, Any] = {name: getattr(request, name) for name in _CUTS}
     if request.recipe is not None:
-        if flags or request.quantize != "none":
+        if flags != {name: getattr(Request(model=request.model), name) for name in _CUTS}:
             raise PassError("--recipe and flags that cut are both given", hint="put every cut into the recipe")
         return recipes.read(request.recipe)
     if len(set(request.keep)) != len(request.keep):
@@ -222,23 +224,9 @@ def _recipe(request: Request, a: Anatomy) -> Recipe:
                 "pixels",
                 hint=f"choose 1 to {a.visual_tokens}",
             )
-    return recipes.from_flags(
-        a,
-        prune=request.prune,
-        # One model serves every budget; the smallest decides whether tokens are pruned at all.
-        keep=min(request.keep) if request.keep else None,
-        method=request.method,
-        drop_heads=request.drop_heads,
-        drop_layers=request.drop_layers,
-        drop_neurons=request.drop_neurons,
-        inside=request.inside,
-        ladder=request.ladder,
-        exit_layer=request.exit_layer,
-        heal=request.heal,
-        vocabulary=request.vocabulary,
-        quantize=request.quantize,
-        seed=request.seed,
-    )
+    # One model serves every budget; the smallest decides whether tokens are pruned at all.
+    flags["keep"] = min(request.keep) if request.keep else None
+    return recipes.from_flags(a, **flags, seed=request.seed)
 
 
 def cut(request: Request, progress: Progress = lambda _: None) -> tuple[Loaded, Any, Recipe, dict[str, Any]]:

@@ -213,9 +213,12 @@ def from_flags(
     drop_heads: Mapping[str, float] | None = None,
     drop_layers: Mapping[str, int] | None = None,
     drop_neurons: Mapping[str, float] | None = None,
+    importance: str | None = None,
+    ranking: str | None = None,
     inside: str | None = None,
     ladder: Sequence[tuple[int, float]] = (),
     exit_layer: int | None = None,
+    skip_visual: Mapping[str, int] | None = None,
     heal: int | None = None,
     vocabulary: int | None = None,
     quantize: str = "none",
@@ -225,17 +228,28 @@ def from_flags(
 
     Args:
         method: how tokens are chosen; `usual_method` for None.
+        importance: of every pass that drops something. ranking: of those of them that can rank by layer or globally.
         inside: how tokens leave inside the language model, at the layers of `ladder` or at the method's own.
         exit_layer: from which no visual token goes on; rungs from there on are left out of a method's own ladder.
+        skip_visual: what visual tokens skip, in how many layers.
         heal: steps of training of the parts that are cut; the language model is one of them if it sees fewer tokens.
 
     Raises:
-        PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part or scheme.
+        PassError: a ratio outside 0 <= R < 1, both `prune` and `keep`, an unknown part, scheme or importance.
     """
-    heads, layers, neurons = dict(drop_heads or {}), dict(drop_layers or {}), dict(drop_neurons or {})
-    for flag, given in (("--drop-heads", heads), ("--drop-layers", layers), ("--drop-neurons", neurons)):
+    drops: dict[str, tuple[type[Pass], str, Mapping[str, float]]] = {
+        "--drop-layers": (DropLayers, "count", drop_layers or {}),
+        "--drop-heads": (DropHeads, "fraction", drop_heads or {}),
+        "--drop-neurons": (DropNeurons, "fraction", drop_neurons or {}),
+    }
+    for flag, (_, _, given) in drops.items():
         if unknown := sorted(set(given) - set(PARTS)):
             raise PassError(f"{flag}: no part `{unknown[0]}`", hint=nearest(unknown[0], PARTS))
+    how = {key: said for key, said in (("importance", importance), ("ranking", ranking)) if said is not None}
+    for key, said in how.items():
+        know = {flag: given for flag, (kind, _, given) in drops.items() if key in keys(kind)}
+        if not any(any(given.values()) for given in know.values()):
+            raise PassError(f"--{key} {said}: nothing is dropped that it could rank", hint=f"add {' or '.join(know)}")
     method = method or usual_method(a)
     parse_method(method, METHODS, "--method")
     if prune is not None and keep is not None:
@@ -250,14 +264,11 @@ def from_flags(
         keep = counts[0] if len(counts) == 1 else counts
 
     def cuts(part: str) -> list[Pass]:
-        found: list[Pass] = []
-        if layers.get(part):
-            found.append(DropLayers(part=part, count=layers[part]))
-        if heads.get(part):
-            found.append(DropHeads(part=part, fraction=heads[part]))
-        if neurons.get(part):
-            found.append(DropNeurons(part=part, fraction=neurons[part]))
-        return found
+        return [
+            kind(**{"part": part, amount: given[part]}, **{k: v for k, v in how.items() if k in keys(kind)})
+            for kind, amount, given in drops.values()
+            if given.get(part)
+        ]
 
     passes = cuts("vision")
     tokens = tuple(bucket.tokens for bucket in a.buckets)
@@ -265,8 +276,9 @@ def from_flags(
         passes.append(PruneTokens(keep=keep, method=method, seed=seed))
     passes += cuts("language")
     if inside is not None or ladder or exit_layer is not None:
-        kept = a.language.layers - layers.get("language", 0)
+        kept = a.language.layers - (drop_layers or {}).get("language", 0)
         passes.append(inside_from_flags(inside, ladder, exit_layer, kept, a.language.levels))
+    passes += [SkipVisual(what=what, count=count) for what, count in (skip_visual or {}).items()]
     if heal is not None:
         touched = {getattr(p, "part", "language") for p in passes}  # tokens leave the language model
         passes.append(Heal(steps=heal, parts=tuple(part for part in PARTS if part in touched) or PARTS))

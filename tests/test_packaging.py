@@ -15,7 +15,7 @@ import vlmcut
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOT_MODULES = {
-    "__init__", "__main__", "api", "cli", "errors", "manifest", "pipeline", "prompt", "tables", "vocabulary"
+    "__init__", "__main__", "api", "cli", "errors", "flags", "manifest", "pipeline", "prompt", "tables", "vocabulary"
 }  # fmt: skip
 # As on a machine that has none of them: not importable, and `find_spec` finds nothing.
 NO_TORCH = """

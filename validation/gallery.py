@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..errors import ModelError
 from ..passes import folder as cut_folder
 from ..passes.recipe import make
 from ..passes.trim_tower import TrimTower
 from ..prompt import Prompter
-from ..runtime.overlay import draw, fitting_picture
+from ..runtime.overlay import Kept, fitting_picture, side_by_side
 from ..surgery.anatomy import Anatomy
 from ..surgery.talk import see_picture
 from .sweep_plan import Cell, Keep, applied
-
-_GAP = 16  # pixels between drawings
-_TITLE = 34  # pixels above each
-_WIDTH = 2200  # pixels of a sheet, at most, unless one drawing is wider
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The places that the tokens of one method take; of a merged token, the one it lies at."""
-
-    method: str
-    positions: np.ndarray  # int64 [K]
-    tokens: int  # of so many
 
 
 def gallery(
@@ -70,25 +55,4 @@ def gallery(
             kept = see_picture(loaded.model, given).kept.numpy()
         found.append(Kept(cell.method, kept, bucket.tokens))
     shown = fitting_picture(loaded.processor.image_processor, given.pixel_values, bucket, picture)
-    titles = [f"{one.method}: {len(one.positions)} of {one.tokens}" for one in found]
-    drawn = [draw([shown], one.positions, bucket.panels) for one in found]
-    return sheet(list(zip(titles, drawn, strict=True))), found
-
-
-def sheet(drawings: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Drawings of one size with a title above each, in rows as even as fit."""
-    width, height = drawings[0][1].size
-    font = ImageFont.load_default(size=22)
-    width = max(width, *(round(font.getlength(title)) for title, _ in drawings))
-    most = max(1, (_WIDTH + _GAP) // (width + _GAP))
-    rows = -(-len(drawings) // most)
-    columns = -(-len(drawings) // rows)
-    size = (columns * (width + _GAP) - _GAP, rows * (height + _TITLE + _GAP) - _GAP)
-    whole = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(whole)
-    for number, (title, drawing) in enumerate(drawings):
-        row, column = divmod(number, columns)
-        left, top = column * (width + _GAP), row * (height + _TITLE + _GAP)
-        pen.text((left, top + 4), title, fill="black", font=font)
-        whole.paste(drawing, (left, top + _TITLE))
-    return whole
+    return side_by_side([shown], found, bucket.panels), found

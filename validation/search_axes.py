@@ -1,6 +1,6 @@
 """What a search may cut: axes, each a few cuts from mild to strong, as tables of a recipe.
 
-A new pass takes part with one entry in `axes`.
+A new pass takes part with one entry in `axes`, or `NO_AXIS` says why it does not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ DEPTHS = (7 / 8, 3 / 4, 1 / 2, 3 / 8, 1 / 4)  # of the language model, at which 
 WORKS = (0.9, 0.75, 0.6, 0.5)  # mean share of the visual tokens that a language layer sees
 SHARES = (0.5, 0.25, 0.125)  # of the visual tokens that go on where some leave early
 LAYERS = (1 / 12, 1 / 6, 1 / 3, 1 / 2)  # fractions of the layers removed
+NO_AXIS = {
+    "trim-tower": "it changes no answer, and every recipe begins with it",
+    "heal": "every recipe that is asked would be trained: heal the winner",
+    "trim-vocabulary": "which rows may go depends on what will be asked, and the search knows its own questions alone",
+    "skip-visual apart": "it saves attention alone, and only where a prompt has many more visual tokens than text",
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .search import Point
-from .search_axes import Choice, text
+from .search_axes import NO_AXIS, Choice, text
 from .search_judge import OBJECTIVES
 from .search_run import Found
 from .sweep_plan import BASELINES
@@ -35,7 +35,7 @@ def to_json(found: Found) -> dict[str, Any]:
             "value": o.final[choice].value,
             "heldout": {
                 "quality": held.quality, "accuracy": held.accuracy, "original": held.original,
-                "agreement": held.agreement,
+                "agreement": held.agreement, "holds": held.quality >= wanted.min_quality,
             },
         }  # fmt: skip
 
@@ -71,6 +71,7 @@ def to_json(found: Found) -> dict[str, Any]:
         ],
         "not_tried": {
             "refused": {text(found.axes, c): reason for c, reason in o.refused.items()},
+            "passes": NO_AXIS,
             "methods": {r.method: r.reason for r in found.refused},
             "beyond_what_failed": named(o.beyond),
             "not_predicted_to_pay": named(o.dear),
@@ -97,13 +98,13 @@ def table(found: Found) -> str:
 def _verdict(found: Found) -> list[str]:
     o, wanted = found.outcome, found.wanted
     title, unit = OBJECTIVES[wanted.objective].title, OBJECTIVES[wanted.objective].unit
-    if o.winner == o.single:
+    single = f"the best single cut, {text(found.axes, o.single)}"
+    if o.winner != o.single:
+        first = f"**{text(found.axes, o.winner)}**: {title} is {o.gain:.3f} of that of {single}."
+    elif any(len(choice) > 1 for choice in o.points):
         first = f"No combination beats the best single cut: **{text(found.axes, o.single)}**."
     else:
-        first = (
-            f"**{text(found.axes, o.winner)}**: {title} is {o.gain:.3f} of that of the best single cut, "
-            f"{text(found.axes, o.single)}."
-        )
+        first = f"No combination was asked. The best single cut: **{text(found.axes, o.single)}**."
     rows = []
     for name, choice in dict.fromkeys((("winner", o.winner), ("best single cut", o.single))):
         held, cost = found.held[choice], o.final[choice]
@@ -115,14 +116,31 @@ def _verdict(found: Found) -> list[str]:
         )  # fmt: skip
     head = ("", "recipe", "quality %, search", "quality %, held out", "right %, held out (original)", _unit(found),
             "of the original")  # fmt: skip
-    held = found.held[o.winner].quality
-    constraint = (
-        f"Constraint: {100 * wanted.min_quality:g} % of the {100 * found.original:.1f} % that the original answers "
-        f"right, on {found.counts[0]} questions of `{found.folders[0]}`. The {found.counts[1]} held-out questions of "
-        f"`{found.folders[1]}` were asked once, at the end: the winner keeps {100 * held:.1f} % there"
-        + ("." if held >= wanted.min_quality else f", which is below {100 * wanted.min_quality:g} %.")
+    meaning = (
+        "Quality is right answers over those of the original, which answers "
+        f"{100 * found.original:.1f} % of the search's {found.counts[0]} questions right (`{found.folders[0]}`); "
+        f"{100 * wanted.min_quality:g} % of that were asked for."
     )
-    return [first, "", *_grid(head, rows), "", constraint]
+    return [first, "", heldout(found), "", *_grid(head, rows), "", meaning]
+
+
+def heldout(found: Found) -> str:
+    """What the winner keeps of questions that did not choose it, and what to do where that is too little."""
+    o, least = found.outcome, found.wanted.min_quality
+    kept, single = found.held[o.winner].quality, found.held[o.single].quality
+    asked = f"{found.counts[1]} questions of `{found.folders[1]}`, asked once, at the end"
+    if math.isnan(kept):
+        return f"**Held out, nothing can be said**: the original answers none of the {asked}, right."
+    if kept >= least:
+        return f"Held out, the winner keeps {100 * kept:.1f} %, and {100 * least:g} % were asked for ({asked})."
+    passed = sum(p.quality >= least and not _baseline(found, p) for p in o.points.values())
+    milder = f"`single.toml`, which keeps {100 * single:.1f} % held out; " if single >= least else ""
+    return (
+        f"**Held out, the winner keeps {100 * kept:.1f} %, less than the {100 * least:g} % that were asked for** "
+        f"({asked}). It is the cheapest of {passed} recipes that passed on the search's {found.counts[0]} questions, "
+        f"where chance helps the winner. Take {milder}search again with more questions (`--quality`); or ask for more "
+        "than is needed (`--min-quality`)."
+    )
 
 
 def _singles(found: Found) -> list[str]:
@@ -168,12 +186,12 @@ def _unit(found: Found) -> str:
 def _notes(found: Found) -> list[str]:
     o, wanted = found.outcome, found.wanted
     least = wanted.min_quality
-    error = 100 * math.sqrt(least * (1 - least) / found.counts[0])
+    errors = [f"{100 * math.sqrt(least * (1 - least) / count):.1f}" for count in found.counts]
     combined = sum(len(c) > 1 for c in o.points)
     notes = [
         f"{len(o.points)} recipes were asked, {combined} of them combinations, in {found.minutes:.1f} minutes; beam of "
-        f"{wanted.width}. One question is {100 / found.counts[0]:.2f} points, the standard error of a quality of "
-        f"{100 * least:g} % is {error:.1f}.",
+        f"{wanted.width}. One question is {100 / found.counts[0]:.2f} points; the standard error of a quality of "
+        f"{100 * least:g} % is {errors[0]} points on the search's questions, {errors[1]} on the held-out ones.",
     ]
     if OBJECTIVES[wanted.objective].roles:
         notes.append(
@@ -183,8 +201,9 @@ def _notes(found: Found) -> list[str]:
         )
     if o.left:
         notes.append(
-            f"**The {wanted.minutes:g} minutes were over**: {len(o.left)} recipes were not asked, nor what would have "
-            f"grown from them: {_named(found, o.left)}."
+            f"**The {wanted.minutes:g} minutes were over** (what had been asked was then timed and confirmed): "
+            f"{len(o.left)} recipes were not asked, nor what would have grown from them: {_named(found, o.left)}. "
+            "Give more --minutes, or fewer --methods."
         )
     if o.beyond:
         notes.append(

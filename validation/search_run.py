@@ -128,7 +128,13 @@ def run(wanted: Wanted, a: Anatomy, progress: Progress = lambda _: None, runs: t
         loaded, every, asked, calibration, wanted.objective, text_tokens=text_tokens, seeds=wanted.seeds, runs=runs,
         threads=wanted.threads, progress=progress,
     )  # fmt: skip
-    end = start + 60 * wanted.minutes
+    end, took = start + 60 * wanted.minutes, (time.monotonic() - start) / 60
+    if took >= wanted.minutes:
+        raise VlmcutError(
+            f"nothing was asked: the time was over ({wanted.minutes:g} minutes), and reading the model and answering "
+            f"{len(asked)} questions with it alone took {took:.1f}",
+            hint="give more --minutes, or fewer --questions: every recipe answers all of them",
+        )
     outcome = search(
         every, judge, least=wanted.min_quality, width=wanted.width, over=lambda: time.monotonic() >= end,
         progress=progress,

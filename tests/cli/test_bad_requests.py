@@ -44,6 +44,18 @@ FLAGS = {
     "--exit 0": ("cannot leave at layer 0 of 3", "choose 1 to 2"),
     "--exit 3": ("no layer 3, the language model has 3", "choose 1 to 2"),
     "--inside dart --images 2": ("`dart` merges or compares the tokens of one image", "may have 2 images of 16 tokens"),
+    "--skip-visual mpl:1": ("nothing to skip is called `mpl`", "did you mean `mlp`?"),
+    "--skip-visual mlp:0": ("skip-visual: count=0", "3 of 3 layers", "choose 1 to 3"),
+    "--skip-visual mlp:1 --skip-visual layer:4": ("skip-visual: count=4", "2 of 3 layers"),
+    "--importance loss": ("--importance loss: nothing is dropped", "add --drop-layers or --drop-heads"),
+    "--importance loss --drop-layers vision:0": ("--importance loss: nothing is dropped",),
+    "--importance losss --drop-layers vision:1": ("drop-layers: no importance `losss`", "did you mean `loss`?"),
+    "--importance activation --drop-heads vision:0.5 --drop-layers vision:1": (
+        "drop-layers: no importance `activation`",
+        "known: influence, loss",
+    ),
+    "--ranking global --drop-layers vision:1": ("--ranking global", "add --drop-heads or --drop-neurons"),
+    "--ranking globl --drop-neurons vision:0.5": ("no ranking `globl`", "did you mean `global`?"),
     "--heal 5": ("no pass before it cuts anything", "after the cuts"),
     "--prune 0.5 --heal 0": ("heal: steps=0", "choose 1 or more"),
     "--vocabulary 1": ("size=1", "320 tokens", "choose 2 to 320"),
@@ -88,6 +100,9 @@ USAGE = {
     "--ladder 1:x": "--ladder x",
     "--ladder x:0.5": "--ladder x:0.5: write layer:share",
     "--exit x": "--exit",
+    "--skip-visual mlp": "--skip-visual mlp: write what:layers",
+    "--skip-visual mlp:x": "--skip-visual x",
+    "--skip-visual mlp:1 --skip-visual mlp:2": "names mlp twice",
     "--drop-layers vision:1.5": "--drop-layers 1.5",
     "--image-size 32": "--image-size 32: write height x width",
     "--image-size 32x": "--image-size 32x:",
@@ -164,6 +179,8 @@ def test_recipe_is_refused(name: str, refuses: Refuses, tmp_path: Path) -> None:
         "--drop-neurons vision:0.5",
         "--heal 5",
         "--vocabulary 200",
+        "--skip-visual mlp:1",
+        "--importance loss",
         "--method random",
     ],
 )
@@ -352,3 +369,23 @@ def test_cut_model_is_not_cut_for_tokens_again(run: Any, refuses: Refuses, tmp_p
     for flags in (("--prune", "0.5"), ("--keep", "4")):
         refuses("convert", "cut", "-o", "out", *flags, says=("is a cut model already",))
     refuses("convert", "cut", "-o", "out", "--image-size", "40x30", says=("was cut for images of 32x32, not 40x30",))
+
+
+def test_cut_model_with_a_ladder_takes_the_images_that_its_recipe_takes(
+    run: Any, refuses: Refuses, tmp_path: Path
+) -> None:
+    """What one layer of the cut model could not tell apart is refused as for the recipe, and nothing else is."""
+    says = ("`dart` merges or compares the tokens of one image", "may have 2 images of 16 tokens")
+    for method in ("dart", "fastv"):
+        assert run("cut", "tiny:llava", "--inside", method, "--ladder", "1:0.5", "-o", tmp_path / method).code == 0
+    result = refuses("convert", "dart", "-o", "out", "--images", "2", says=says)
+    assert "loading" not in result.err
+    for model, images in (("dart", 1), ("fastv", 2)):
+        assert run("inspect", tmp_path / model, "--images", images).code == 0
+
+
+def test_cut_model_of_int8_is_for_what_its_recipe_is_for(run: Any, refuses: Refuses, tmp_path: Path) -> None:
+    assert run("cut", "tiny:llava", "--quantize", "int8", "-o", tmp_path / "int8").code == 0
+    for flags in (("--target", "rtx", "--defer-build"), ("--dtype", "float16")):
+        result = refuses("convert", "int8", "-o", "out", *flags, says=("int8 with", *flags[:2], "--target onnx"))
+        assert "loading" not in result.err

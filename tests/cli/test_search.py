@@ -13,7 +13,7 @@ import vlmcut
 from PIL import Image
 from vlmcut.passes import recipe as recipes
 from vlmcut.surgery.load import describe
-from vlmcut.validation import quality
+from vlmcut.validation import quality, search_report, search_run
 
 Refuses = Callable[..., Any]
 Run = Callable[..., Any]
@@ -75,7 +75,9 @@ def test_search_writes_prints_and_its_recipe_converts(run: Run, sets: Path, tmp_
     assert result.code == 0, result
     assert {p.name for p in out.iterdir()} == {"recipe.toml", "single.toml", "search.json", "search.png", "table.md"}
     written = (out / "table.md").read_text()
-    assert result.out.strip().removesuffix(str(out)).strip() in written
+    said, command = result.out.strip().removesuffix(str(out)).strip().rsplit("\n", 1)
+    assert said.strip() in written and "Held out, the winner keeps " in said
+    assert command == f"Convert it: vlmcut convert tiny:llava --recipe {out / 'recipe.toml'} -o BUNDLE"
     data = json.loads((out / "search.json").read_text())
     winner, single = data["winner"], data["single"]
     assert winner["quality"] >= 0.75 and winner["ratio"] <= single["ratio"] < 1
@@ -96,6 +98,18 @@ def test_search_writes_prints_and_its_recipe_converts(run: Run, sets: Path, tmp_
     assert plan["after"]["anatomy"] == describe(loaded.model).to_json()
     work = [sum(part["flops"] for part in plan[when]["costs"]) for when in ("before", "after")]
     assert winner["ratio"] == work[1] / work[0]  # what is planned is what was searched for
+
+
+def test_with_json_stderr_says_whether_the_winner_holds(
+    run: Run, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stdout is for the machine; who reads the terminal sees it all the same."""
+    monkeypatch.setattr(search_run, "run", lambda *_: "found")
+    for name, value in (("write", None), ("to_json", {"winner": 1}), ("summary", "long"), ("heldout", "It holds.")):
+        monkeypatch.setattr(search_report, name, lambda *_, value=value: value)
+    result = run("sweep", "tiny:llava", "--search", "-o", tmp_path / "out", "--quality", sets / "search", "--confirm",
+                 sets / "held", "--json")  # fmt: skip
+    assert json.loads(result.out) == {"winner": 1} and result.err == "… It holds.\n"
 
 
 BAD = {
@@ -133,7 +147,7 @@ def test_nothing_is_good_enough(refuses: Refuses, sets: Path, tmp_path: Path) ->
     """Nothing is left behind, and the best that was reached is said."""
     refuses("sweep", "tiny:llava", "--search", "-o", "out", "--quality", sets / "search", "--confirm", sets / "held",
             "--methods", "uniform", "--keep", "1", "--seeds", "1", "--minutes", "1e-9",
-            says=("nothing was asked", "the time was over", "--minutes"))  # fmt: skip
+            says=("nothing was asked: the time was over (1e-09 minutes)", "4 questions", "--minutes"))  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", ["--min-quality 0.9", "--objective size", "--minutes 3", "--beam 2", "--confirm a",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import vlmcut
 from PIL import Image
 from vlmcut.errors import VlmcutError
 from vlmcut.exporters.build import seal
+from vlmcut.flags import cuts
 from vlmcut.manifest import read
 
 SMALL = ("--images", "2", "--text-tokens", "24", "--new-tokens", "20")
@@ -80,6 +82,35 @@ def test_several_image_sizes_reach_the_request(run: Any, monkeypatch: pytest.Mon
         assert run(verb[0], "tiny:llava", *verb[1:], "--image-size", "336x672,672x336,90x12").code == 1
         assert run(verb[0], "tiny:llava", *verb[1:]).code == 1
     assert seen == [((336, 672), (672, 336), (90, 12)), ()] * 3
+
+
+def test_every_cut_flag_reaches_every_verb_that_cuts(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One declaration: the three verbs show the same flags and ask for the same cuts."""
+    seen: list[Any] = []
+
+    def plan(request: Any) -> Any:
+        seen.append(request)
+        raise VlmcutError("enough", hint="stop")
+
+    monkeypatch.setattr("vlmcut.pipeline.plan", plan)
+    given = {
+        "prune": 0.5, "method": "divprune", "drop_heads": {"vision": 0.5}, "drop_layers": {"language": 1},
+        "drop_neurons": {"vision": 0.25, "language": 0.5}, "importance": "loss", "ranking": "global",
+        "inside": "fastv", "ladder": ((1, 0.5),), "exit_layer": 2, "skip_visual": {"mlp": 1, "layer": 2}, "heal": 7,
+        "vocabulary": 99, "quantize": "int8", "recipe": Path("r.toml"), "frames": 3, "image_size": ((32, 48),),
+    }  # fmt: skip
+    flags = (
+        "--prune 0.5 --method divprune --drop-heads vision:0.5 --drop-layers language:1 --drop-neurons "
+        "vision:0.25,language:0.5 --importance loss --ranking global --inside fastv --ladder 1:0.5 --exit 2 "
+        "--skip-visual mlp:1 --skip-visual layer:2 --heal 7 --vocabulary 99 --quantize int8 --recipe r.toml "
+        "--frames 3 --image-size 32x48"
+    )
+    for verb in (("inspect",), ("convert", "--dry-run"), ("cut", "-o", "out")):
+        assert run(verb[0], "tiny:llava", *verb[1:], *flags.split()).code == 1
+        assert {name: getattr(seen[-1], name) for name in given} == given
+        assert run(verb[0], "tiny:llava", *verb[1:], "--keep", "7").code == 1
+        assert seen[-1].keep == (7,)
+    assert {*given, "keep"} == set(inspect.signature(cuts).parameters)
 
 
 def test_passes(run: Any) -> None:

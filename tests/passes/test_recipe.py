@@ -20,10 +20,12 @@ from vlmcut.passes.base import PARTS, Pass
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
 from vlmcut.passes.drop_neurons import DropNeurons
+from vlmcut.passes.heal import Heal
 from vlmcut.passes.importance import RANKINGS
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
+from vlmcut.passes.skip_visual import SkipVisual
 from vlmcut.passes.tokens.method import parse as parse_method
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
@@ -174,6 +176,33 @@ def test_flags_become_a_recipe_in_order(tiny) -> None:
     assert from_flags(a, prune=0.0, drop_heads={"vision": 0.0}, drop_layers={"vision": 0}).passes == (TrimTower(),)
     assert from_flags(a, drop_neurons={"vision": 0.0, "language": 0}).passes == (TrimTower(),)
     assert from_flags(a, keep=16).passes == (TrimTower(),)
+
+
+def test_how_importance_is_measured_goes_to_every_pass_that_can(tiny) -> None:
+    """Layers are not ranked by layer or globally, so `ranking` is not for them."""
+    made = from_flags(
+        describe(tiny("llava").model), drop_layers={"language": 1}, drop_heads={"vision": 0.5, "language": 0.3},
+        importance="loss", ranking="global",
+    )  # fmt: skip
+    assert made.passes[1:] == (
+        DropHeads(part="vision", fraction=0.5, importance="loss", ranking="global"),
+        DropLayers(part="language", count=1, importance="loss"),
+        DropHeads(part="language", fraction=0.3, importance="loss", ranking="global"),
+    )
+    (neurons,) = from_flags(describe(tiny("llava").model), drop_neurons={"vision": 0.5}, ranking="global").passes[1:]
+    assert neurons == DropNeurons(part="vision", fraction=0.5, ranking="global")
+
+
+def test_what_visual_tokens_skip_comes_behind_the_ladder_and_before_healing(tiny) -> None:
+    made = from_flags(
+        describe(tiny("llava").model), exit_layer=2, skip_visual={"mlp": 1, "apart": 2}, heal=3, quantize="int8"
+    )
+    assert made.passes[2:] == (
+        SkipVisual(what="mlp", count=1),
+        SkipVisual(what="apart", count=2),
+        Heal(steps=3, parts=("language",)),
+        Quantize(),
+    )
 
 
 FLAGS = [

@@ -13,15 +13,16 @@ import vlmcut
 from PIL import Image
 from vlmcut.errors import BundleError, ModelError
 from vlmcut.manifest import Bucket, Panel
+from vlmcut.passes import recipe as recipes
 from vlmcut.passes.recipe import make
 from vlmcut.pipeline import Request, convert
 from vlmcut.prompt import Prompter
 from vlmcut.runtime.bench import bench, full_prompt
 from vlmcut.runtime.bundle import Bundle
-from vlmcut.runtime.overlay import draw, fitting_picture, overlay, seen_picture
+from vlmcut.runtime.overlay import draw, fitting_picture, overlay, seen_picture, sheet
 from vlmcut.surgery.load import Loaded, describe
-from vlmcut.surgery.talk import see_picture
-from vlmcut.validation.gallery import gallery, sheet
+from vlmcut.surgery.talk import Talk, see_all, see_picture
+from vlmcut.validation.gallery import gallery
 from vlmcut.validation.sweep_plan import Cell, applied
 
 EDGE = (255, 210, 60)
@@ -31,6 +32,15 @@ CELL = 120  # pixels of one of 4 x 4 patches
 @pytest.fixture(scope="module")
 def model(bundle: Path) -> vlmcut.Bundle:
     return vlmcut.Bundle(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def laddered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny:llava of which 12 tokens enter, 6 go on from layer 1, and none from layer 2."""
+    out = tmp_path_factory.mktemp("laddered") / "bundle"
+    ladder = ((1, 0.5), (2, 0.0))
+    convert(Request(model="tiny:llava", keep=(12,), inside="fastv", ladder=ladder, text_tokens=48, new_tokens=2), out)
+    return out
 
 
 def test_bench_adds_up(model: vlmcut.Bundle) -> None:
@@ -149,7 +159,8 @@ def test_seen_picture_undoes_the_processor(model: vlmcut.Bundle) -> None:
 
 def test_overlay_of_a_bundle(model: vlmcut.Bundle) -> None:
     image, colours = mosaic(4, 4, 8, seed=1)  # the tower's size and patches: nothing is resized
-    drawing, kept, tokens = overlay(model, image)
+    drawing, (found,) = overlay(model, image)
+    kept, tokens = found.positions, found.tokens
     _, (sight,) = model.see(model.prompt([image], ""))
     np.testing.assert_array_equal(kept, sight.kept)
     assert (len(kept), tokens) == (5, 16)
@@ -164,8 +175,8 @@ def test_overlay_draws_what_a_crop_leaves(model: vlmcut.Bundle, monkeypatch: pyt
     middle, colours = mosaic(4, 4, 8, seed=2)
     wide = Image.new("RGB", (64, 32), "red")
     wide.paste(middle, (16, 0))
-    drawing, kept, _ = overlay(model, wide)
-    check(np.asarray(drawing), set(kept.tolist()), colours, 4, 4)
+    drawing, (found,) = overlay(model, wide)
+    check(np.asarray(drawing), set(found.positions.tolist()), colours, 4, 4)
 
 
 def test_overlay_without_panels_is_refused(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +228,7 @@ def test_gallery_draws_what_each_method_keeps(tiny: Callable[[str], Loaded]) -> 
     for number, (method, one) in enumerate(zip(methods, found, strict=True)):
         with applied(loaded.model, Cell(method, (5,))):
             want = see_picture(loaded.model, picture).kept.numpy()
-        assert (one.method, one.tokens) == (method, 16)
+        assert (one.name, one.tokens) == (method, 16)
         np.testing.assert_array_equal(one.positions, want)
         top, left = number // 3 * (480 + 34 + 16) + 34, number % 3 * (480 + 16)
         check(np.asarray(drawing)[top : top + 480, left : left + 480], set(want.tolist()), colours, 4, 4)
@@ -229,6 +240,34 @@ def test_gallery_without_panels_is_refused(tiny: Callable[[str], Loaded]) -> Non
     blind = replace(a, buckets=(replace(a.buckets[0], panels=()),))
     with pytest.raises(ModelError, match="does not know where the visual tokens"):
         gallery("tiny:llava", blind, Image.new("RGB", (32, 32)), ["uniform"], (5,))
+
+
+@pytest.mark.parametrize("question", ["What is red?", "Where is the blue one, left or right of the other?"])
+def test_tokens_that_leave_inside_are_drawn_rung_by_rung(
+    question: str, laddered: Path, tiny: Callable[[str], Loaded]
+) -> None:
+    """What the drawing shows is what the cut model in eager lets go on at each layer, found without a graph."""
+    image, colours = mosaic(4, 4, 8, seed=3)
+    drawing, found = overlay(vlmcut.Bundle(laddered, threads=1), image, question=question)
+    loaded = tiny("llava")
+    recipes.read(laddered / "recipe.toml").apply(loaded.model, None)
+    shrunk, seen = see_all(loaded.model, Prompter(loaded.processor, describe(loaded.model).layout)([image], question))
+    (entered,), kept = shrunk.visual_index, Talk.read(loaded.model, [shrunk], [seen]).kept
+    want = [seen[0].kept.numpy()]
+    want += [want[0][entered[columns[0].numpy()][entered[columns[0].numpy()] >= 0]] for columns in kept]
+    assert [one.name for one in found] == ["enter", "from layer 1", "from layer 2"]
+    assert [len(one.positions) for one in found] == [12, 6, 0]
+    assert drawing.size == (3 * 480 + 2 * 16, 480 + 34)
+    for number, (one, positions) in enumerate(zip(found, want, strict=True)):
+        np.testing.assert_array_equal(one.positions, positions)
+        left = number * (480 + 16)
+        check(np.asarray(drawing)[34:, left : left + 480], set(positions.tolist()), colours, 4, 4)
+
+
+def test_a_question_over_budget_is_not_drawn(laddered: Path) -> None:
+    """Who leaves inside depends on the whole prompt."""
+    with pytest.raises(BundleError, match=r"the prompt has \d+ tokens .*the budget holds 60"):
+        overlay(vlmcut.Bundle(laddered, threads=1), Image.new("RGB", (32, 32)), question="What is red? " * 40)
 
 
 def test_overlay_asks_what_it_is_told(model: vlmcut.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +290,9 @@ def test_a_clip_is_drawn_frame_by_frame(tmp_path: Path) -> None:
     model = Bundle(out)
     rng = np.random.default_rng(0)
     frames = [Image.fromarray(rng.integers(128, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(2)]
-    drawing, kept, tokens = overlay(model, *frames)
-    assert tokens == 32 and kept[:16].tolist() == list(range(16)) and len(kept) == 20  # the first frame whole
+    drawing, (found,) = overlay(model, *frames)
+    kept = found.positions
+    assert found.tokens == 32 and kept[:16].tolist() == list(range(16)) and len(kept) == 20  # the first frame whole
     width = (drawing.width - 8) // 2
     first, second = np.asarray(drawing)[:, :width], np.asarray(drawing)[:, width + 8 :]
     assert first.mean() > 1.5 * second.mean()

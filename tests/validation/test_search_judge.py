@@ -17,14 +17,15 @@ from PIL import Image
 from vlmcut.errors import PassError, VlmcutError
 from vlmcut.passes.calibration import Calibration, read_calibration
 from vlmcut.passes.drop_heads import DropHeads
-from vlmcut.passes.recipe import parse
+from vlmcut.passes.recipe import PASSES, parse
+from vlmcut.passes.skip_visual import WHATS, SkipVisual
 from vlmcut.surgery.anatomy import Anatomy
 from vlmcut.surgery.costs import costs
 from vlmcut.surgery.load import Loaded, describe, state_dict
 from vlmcut.surgery.talk import see_all
 from vlmcut.validation import quality, search_judge
 from vlmcut.validation.quality import Question
-from vlmcut.validation.search_axes import METHODS, Axis, Choice, axes, recipe, text
+from vlmcut.validation.search_axes import METHODS, NO_AXIS, Axis, Choice, axes, recipe, text
 from vlmcut.validation.search_judge import Confirmed, ModelJudge
 from vlmcut.validation.sweep_plan import BASELINES
 
@@ -118,6 +119,19 @@ def test_every_axis_is_in_order_and_mild_first(kind: str, tiny: Callable[[str], 
     assert len(set(words)) == len(words)
     assert {"vision layers -1", "vision neurons -50 %", "language neurons -12.5 %"} <= set(words)
     assert not any("-100 %" in word for word in words)
+
+
+def test_every_pass_has_an_axis_or_a_reason(tiny: Callable[[str], Loaded]) -> None:
+    """A pass of which neither is said would silently be left out of every search."""
+    a = describe(tiny("llava").model)
+    tables = [level.table for axis in axes(a)[0] for level in axis.levels]
+    searched = {t["name"] for t in tables if t["name"] != SkipVisual.name}
+    searched |= {f"{t['name']} {t['what']}" for t in tables if t["name"] == SkipVisual.name}
+    every_pass = PASSES.keys() - {SkipVisual.name} | {f"{SkipVisual.name} {what}" for what in WHATS}
+    assert searched | NO_AXIS.keys() == every_pass and not searched & NO_AXIS.keys()
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    for name, reason in NO_AXIS.items():
+        assert f"| `{name}` | {reason} |" in page
 
 
 def _plans(axis: Axis, level: int, a: Anatomy) -> bool:

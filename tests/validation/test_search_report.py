@@ -17,7 +17,7 @@ from vlmcut.surgery.load import describe
 from vlmcut.validation.search import Cost, Outcome, Point
 from vlmcut.validation.search_axes import Axis, Choice, Level
 from vlmcut.validation.search_judge import Confirmed
-from vlmcut.validation.search_report import picture, summary, table, to_json, write
+from vlmcut.validation.search_report import heldout, picture, summary, table, to_json, write
 from vlmcut.validation.search_run import Found, Wanted, run
 from vlmcut.validation.sweep_plan import Refused
 
@@ -72,23 +72,47 @@ def test_winner_beside_the_best_single_cut() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert ["winner", "heads -1 + tome 8", "98.5", "99.0", "89.1 (90.0)", "5.00", "0.500"] in rows
     assert ["best single cut", "tome 8", "99.0", "100.0", "90.0 (90.0)", "6.00", "0.600"] in rows
-    assert "98 % of the 99.5 % that the original answers right, on 200 questions of `folder/search`" in text
-    assert "500 held-out questions of `folder/held`" in text and "which is below" not in text
+    assert "which answers 99.5 % of the search's 200 questions right (`folder/search`); 98 % of that" in text
+    assert text.splitlines()[2] == (  # right below the winner
+        "Held out, the winner keeps 99.0 %, and 98 % were asked for (500 questions of `folder/held`, asked once, at "
+        "the end)."
+    )
 
 
-def test_held_out_below_the_constraint_is_said() -> None:
-    assert "the winner keeps 97.0 % there, which is below 98 %." in summary(made(held=0.97))
+def test_held_out_below_the_constraint_is_said_with_what_to_do() -> None:
+    found = made(held=0.97)
+    said = summary(found).splitlines()[2]
+    assert said.startswith(
+        "**Held out, the winner keeps 97.0 %, less than the 98 % that were asked for** (500 questions"
+    )
+    assert "the cheapest of 3 recipes that passed on the search's 200 questions" in said  # heads, tome, both
+    assert "`single.toml`, which keeps 100.0 % held out" in said and "`--min-quality`" in said
+    assert "`single.toml`" not in heldout(made(winner=TOME, held=0.97))  # it is the winner
+    holds = [to_json(one)[name]["heldout"]["holds"] for one in (found, made()) for name in ("winner", "single")]
+    assert holds == [False, True, True, True]
+
+
+def test_held_out_questions_that_the_original_cannot_answer_say_nothing() -> None:
+    found = made()
+    assert "**Held out, nothing can be said**" in heldout(
+        replace(found, held=found.held | {BOTH: Confirmed(0.0, 0.0, 1.0)})
+    )
 
 
 def test_no_combination_is_said() -> None:
     text = summary(made(winner=TOME))
     assert text.startswith("No combination beats the best single cut: **tome 8**.")
     assert to_json(made(winner=TOME))["winner_of_single"] == 1
+    alone = made(winner=TOME)
+    points = {choice: point for choice, point in alone.outcome.points.items() if len(choice) == 1}
+    alone = replace(alone, outcome=replace(alone.outcome, points=points))
+    assert summary(alone).startswith("No combination was asked. The best single cut: **tome 8**.")
 
 
 def test_nothing_is_hidden() -> None:
     text = summary(made())
-    assert "**The 3 minutes were over**: 1 recipes were not asked, nor what would have grown from them: late 1." in text
+    assert "**The 3 minutes were over**" in text
+    assert "1 recipes were not asked, nor what would have grown from them: late 1. Give more --minutes" in text
     assert "1 recipes were not asked because a part of them failed: tome 4." in text
     assert "not predicted to cost less than what they grew from: heads -1 + late 1." in text
     assert "1 recipes do not apply, heads -1 + layers -1: no such pair." in text
@@ -123,6 +147,7 @@ def test_table_and_json_have_every_recipe() -> None:
     assert data["points"][-1]["ratio"] is None and data["points"][-1]["predicted_ratio"] == 0.45
     assert data["winner"]["heldout"] == {
         "quality": pytest.approx(0.99), "accuracy": pytest.approx(0.891), "original": 0.9, "agreement": 0.95,
+        "holds": True,
     }  # fmt: skip
     assert data["not_tried"]["time_was_over"] == ["late 1"] and data["not_tried"]["methods"] == {"evs": "no clip"}
 
