@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import BundleError
-from .manifest import Bucket, Layout, Rung, TokenBudget, visual_left
+from .manifest import Bucket, Layout, TokenBudget, visual_hidden, visual_left
 
 IMAGE_TAG = "<image>"  # in a user's prompt: where an image goes
 # What processors say of an image, beside its pixels.
@@ -87,9 +87,10 @@ class Prompt:
     def length(self) -> int:
         return self.input_ids.shape[1]
 
-    def rows(self, ladder: Sequence[Rung], layer: int) -> int:
-        """Columns that a language layer sees, and caches."""
-        return self.length - visual_left(ladder, self.counts, layer)
+    def rows(self, budget: TokenBudget, layer: int = 0) -> int:
+        """Columns that a language layer caches."""
+        hidden = visual_hidden(budget.carriers, self.counts)
+        return self.length - visual_left(budget.ladder, self.counts, layer) - hidden
 
     def shrink(self, kept: Sequence[np.ndarray]) -> Prompt:
         """The same prompt with the placeholders of the kept tokens only, int64 [K] for each picture."""

@@ -44,6 +44,8 @@ def plan(model: str, planned: Plan) -> str:
     for what, layers in dataclasses.asdict(b.idle).items():
         if layers:
             lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
+    if b.carriers:
+        lines.insert(-1, f"neck     text sees each image through {b.carriers} of its visual tokens")
     for budget in planned.budgets:
         lines.append(
             f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ OPSET = 24
 class CacheStep:
     """What the language model's layers need in one call of a graph; lives for one trace. S query columns."""
 
-    past: Mapping[str, Tensor]  # key_i, value_i [1, kv_heads, C, head_dim]; conv_i [1, channels, taps]
+    past: Mapping[str, Tensor]  # key_i, value_i [1, kv_heads, C, head_dim]; conv_i [1, channels, taps]; {}: no cache
     length: Tensor  # int64 [1]: rows in the cache after this step
     prefill: bool  # S columns from row 0, or 1 column at row length - 1
     valid: Tensor | None = None  # [1, S, 1]: 0 for padding columns; set when int8 scales must not see padding
@@ -58,6 +58,20 @@ class CacheStep:
         self.valid = None if valid is None else take(valid, columns, -2, -3)
         yield
         self.valid, self.asks = valid, None
+
+    def among(self, columns: Tensor) -> CacheStep:
+        """The same where there are no other columns than these, int64 [1, n]."""
+        valid, blocks = self.valid, self.blocks
+        return replace(
+            self,
+            valid=None if valid is None else take(valid, columns, -2, -3),
+            blocks=None if blocks is None else take(blocks, columns, -1, -2),
+        )
+
+    def beside(self, seen: Tensor, columns: Tensor) -> CacheStep:
+        """A step without buffers: only these columns ask, int64 [1, n], and see what `seen` says; nothing is cached."""
+        valid = None if self.valid is None else take(self.valid, columns, -2, -3)
+        return replace(self, past={}, present={}, valid=valid, asks=seen)
 
     def seen_blocks(self, window: int | None) -> Tensor | None:
         """The blocks that a layer with this window has."""
@@ -172,12 +186,12 @@ class Contrib:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
         """[1, heads, S, head_dim] against the cache -> [1, S, heads, head_dim]; adds to `step.present`."""
-        past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         columns = q.shape[2]
         if step.prefill and (
             step.asks is not None or step.seen_blocks(window) is not None
         ):  # the operator knows causal masks only
             return self._masked(q, k, v, scale, layer, step, window)
+        past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         if step.prefill:  # padding columns write rows that decode overwrites before they can be seen
             rows = torch.tensor([columns - 1], dtype=torch.int32)
             total = torch.tensor(columns, dtype=torch.int32)
@@ -202,7 +216,7 @@ class Contrib:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
         columns = k.shape[2]
-        for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)):
+        for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)) if step.past else ():
             # Rows behind the prompt are copied onto themselves: past and present may be one buffer.
             step.present[name] = torch.cat([new, step.past[name][:, :, columns:]], dim=2)
         return _softmax_attention(q, k, v, step.mask(columns, window), scale).transpose(1, 2)
@@ -223,6 +237,8 @@ class Standard:
     def cached(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
+        if not step.past:
+            return self._attention(q, k, v, scale, mask=step.asks).transpose(1, 2)
         write = torch.zeros(1, dtype=torch.int64) if step.prefill else step.length - 1
         past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)

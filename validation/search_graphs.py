@@ -90,7 +90,7 @@ class Graphs:
             return role, repr(replace(a, quantized=quantized, **blank))
         if a.query_dependent:  # the question is embedded by the language model's table
             return role, repr(a)
-        blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle}
+        blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle, "carriers": 0}
         return role, repr(replace(a, quantized=quantized, **blank))
 
     def _keys(self, cut: Cut) -> list[Key]:
@@ -102,7 +102,7 @@ class Graphs:
             keep, ladder = (about := describe(model)).keep, about.ladder  # as measured, which the plan only expects
             budget = TokenBudget(
                 images=1, visual_tokens=max(keep), text_tokens=self.text_tokens, new_tokens=self.new_tokens,
-                ladder=ladder,
+                ladder=ladder, carriers=about.carriers,
             )  # fmt: skip
             every = components(model, budget, keep, a.quantized)
             for key in missing:
