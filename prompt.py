@@ -138,11 +138,17 @@ class Prompt:
                 f"{len(self.pictures)} images in the prompt, the budget holds {budget.images}",
                 hint=f"convert again with --images {len(self.pictures)}",
             )
+        text = self.length - sum(self.counts)
         if self.length > budget.sequence:
-            text = self.length - sum(self.counts)
             raise BundleError(
                 f"the prompt has {self.length} tokens ({len(self.pictures)} images of {sum(self.counts)} in all and "
                 f"{text} of text), the budget holds {budget.sequence}",
+                hint=f"shorten it, or convert again with --text-tokens {text}",
+            )
+        if text > budget.text_tokens and (budget.ladder or budget.carriers):  # no visual column may take it
+            raise BundleError(
+                f"the prompt has {text} tokens of text, the budget holds {budget.text_tokens}: in some layers there is "
+                "no room for text in the place of images",
                 hint=f"shorten it, or convert again with --text-tokens {text}",
             )
         assert max(self.counts, default=0) <= budget.visual_tokens  # a prompt that was not shrunk would overlap

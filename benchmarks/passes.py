@@ -66,7 +66,9 @@ class Race:
 
 
 def budget(a: Anatomy) -> TokenBudget:
-    return TokenBudget(images=1, visual_tokens=max(a.keep), text_tokens=64, new_tokens=128, ladder=a.ladder, carriers=a.carriers)
+    return TokenBudget(
+        images=1, visual_tokens=max(a.keep), text_tokens=64, new_tokens=128, ladder=a.ladder, carriers=a.carriers
+    )
 
 
 def visual_work(a: Anatomy) -> int:

@@ -49,6 +49,7 @@ class CacheStep:
     window_over_blocks: bool = False  # whether a sliding window cuts blocks too (Gemma 3) or not (PaliGemma 2)
     windowed_blocks: bool = False  # whether layers without a window are causal whatever the blocks (Gemma 4)
     asks: Tensor | None = None  # bool [1, 1, n, S]: the columns that the layer's n query columns see; None: all ask
+    rows: Tensor | None = None  # int64 [1, n]: the columns whose answers are wanted, where all come; None: all
     present: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -69,9 +70,9 @@ class CacheStep:
         )
 
     def beside(self, seen: Tensor, columns: Tensor) -> CacheStep:
-        """A step without buffers: only these columns ask, int64 [1, n], and see what `seen` says; nothing is cached."""
+        """A step that caches nothing and answers these columns alone, int64 [1, n], which see what `seen` says."""
         valid = None if self.valid is None else take(self.valid, columns, -2, -3)
-        return replace(self, past={}, present={}, valid=valid, asks=seen)
+        return replace(self, past={}, present={}, valid=valid, asks=seen, rows=columns)
 
     def seen_blocks(self, window: int | None) -> Tensor | None:
         """The blocks that a layer with this window has."""
@@ -191,7 +192,8 @@ class Contrib:
             step.asks is not None or step.seen_blocks(window) is not None
         ):  # the operator knows causal masks only
             return self._masked(q, k, v, scale, layer, step, window)
-        past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
+        past_key, past_value = step.past.get(f"key_{layer}"), step.past.get(f"value_{layer}")
+        shape = k.shape if past_key is None else past_key.shape
         if step.prefill:  # padding columns write rows that decode overwrites before they can be seen
             rows = torch.tensor([columns - 1], dtype=torch.int32)
             total = torch.tensor(columns, dtype=torch.int32)
@@ -206,7 +208,7 @@ class Contrib:
             (_columns(q), _columns(k), _columns(v), past_key, past_value, rows, total),
             attributes,
             dtypes=(q.dtype,) * 3,
-            shapes=((1, columns, q.shape[1] * q.shape[3]), past_key.shape, past_value.shape),
+            shapes=((1, columns, q.shape[1] * q.shape[3]), shape, shape),
             version=1,
         )
         step.present |= {f"key_{layer}": key, f"value_{layer}": value}
@@ -238,7 +240,7 @@ class Standard:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
         if not step.past:
-            return self._attention(q, k, v, scale, mask=step.asks).transpose(1, 2)
+            return self._attention(q, k, v, scale, mask=step.asks, causal=step.asks is None).transpose(1, 2)
         write = torch.zeros(1, dtype=torch.int64) if step.prefill else step.length - 1
         past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)
@@ -334,7 +336,14 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
                 f"`{type(module).__name__}` does not get the cache's step: its model keeps keyword arguments to itself",
                 hint="this model cannot be exported yet; ask for it with its config",
             )
-        out = operators.cached(q, k, v, scale, module.layer_idx, step, window)
+        few = step.rows
+        if few is not None and operators.causal(q.dtype, q.shape[-1]) and step.seen_blocks(window) is None:
+            # All rows, causally, multiply fewer pairs than most of them with a mask.
+            out = operators.cached(q, k, v, scale, module.layer_idx, replace(step, asks=None), window)
+            out = take(out.flatten(2), few, -2, -3).unflatten(-1, out.shape[2:])
+        else:
+            q = q if few is None else take(q, few, -2, -4)
+            out = operators.cached(q, k, v, scale, module.layer_idx, step, window)
         return (out if step.valid is None else out * step.valid.unsqueeze(-1)), None
 
     def dot_product(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *_: Any, **given: Any) -> Tensor:

@@ -69,14 +69,14 @@ def narrowing(config: Any, neck: Neck, reader: Reader) -> Iterator[None]:
 
         def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **given: Any) -> Any:
             step = given.pop("step", None)
+            few = [of_kept(x) for x in (q, k, v)]
             if step is None:
-                few = None if mask is None else take(of_kept(mask), neck.kept, -1, -4)
-                some, all_ = {}, {}
-            else:  # of a graph, whose masks the step makes
-                few = mask
-                some, all_ = {"step": step.among(neck.kept)}, {"step": step.beside(seen, parts.visual)}
-            words, _ = inner(module, of_kept(q), of_kept(k), of_kept(v), few, **given, **some)
-            pictures, _ = inner(module, take(q, parts.visual, -2, -4), k, v, seen, **given, **all_)
+                among = None if mask is None else take(of_kept(mask), neck.kept, -1, -4)
+                words, _ = inner(module, *few, among, **given)
+                pictures, _ = inner(module, take(q, parts.visual, -2, -4), k, v, seen, **given)
+            else:  # of a graph, which knows masks and rows by its step
+                words, _ = inner(module, *few, mask, **given, step=step.among(neck.kept))
+                pictures, _ = inner(module, q, k, v, mask, **given, step=step.beside(seen, parts.visual))
             words = take(words.flatten(2), neck.text, -2, -3)
             return parts.join(words, pictures.flatten(2)).unflatten(-1, pictures.shape[2:]), None
 

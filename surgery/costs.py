@@ -166,8 +166,8 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
             multiplied = text * seen
         elif layer in idle.apart:  # and visual tokens ask text
             multiplied = text * seen + (count - text) * text
-        elif prefill and a.carriers:  # text and carriers ask each other, visual tokens ask all
+        elif prefill and a.carriers:  # text and carriers ask each other, visual tokens what they asked before
             few = count - visual_hidden(a.carriers, counts)
-            multiplied = (few * few if every else pairs(few, few)) + sum(counts) * count
+            multiplied = few * few + sum(counts) * count if every else pairs(few, few) + multiplied
         flops += 2 * (count * keys + asking * queries + working * mlp) + 4 * multiplied * heads * lm.head_dim
     return flops

@@ -90,8 +90,8 @@ class Graphs:
             return role, repr(replace(a, quantized=quantized, **blank))
         if a.query_dependent:  # the question is embedded by the language model's table
             return role, repr(a)
-        blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle, "carriers": 0}
-        return role, repr(replace(a, quantized=quantized, **blank))
+        blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle}
+        return role, repr(replace(a, quantized=quantized, carriers=0, **blank))
 
     def _keys(self, cut: Cut) -> list[Key]:
         a, make = cut
