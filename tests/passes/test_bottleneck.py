@@ -224,12 +224,12 @@ def test_a_prompt_of_text_is_read_whole(tiny) -> None:
 def test_text_does_not_take_the_room_of_pictures(tiny) -> None:
     """Layers behind a bottleneck, or a ladder, have columns for the text of the budget and no more."""
     a = describe(tiny("llava").model)
-    room: dict[str, Any] = {"images": 1, "visual_tokens": 16, "text_tokens": 8, "new_tokens": 2}
+    whole = TokenBudget(images=1, visual_tokens=16, text_tokens=8, new_tokens=2)
     made = text_alone(a, 9)
-    assert made.pad(TokenBudget(**room))["length"] == 9
-    for narrow in ({"carriers": 2}, {"ladder": (Rung(1, 0.0),)}):
+    assert made.pad(whole)["length"] == 9
+    for narrow in (replace(whole, carriers=2), replace(whole, ladder=(Rung(1, 0.0),))):
         with pytest.raises(BundleError, match="9 tokens of text, the budget holds 8") as error:
-            made.pad(TokenBudget(**room, **narrow))
+            made.pad(narrow)
         assert "--text-tokens 9" in (error.value.hint or "")
 
 
@@ -311,5 +311,7 @@ def test_healing_lowers_the_loss(tiny) -> None:
     loaded = tiny("llava")
     calibration = read_calibration(loaded, None)
     done = make([Bottleneck(carriers=2), Heal(steps=6, rank=4)]).apply(loaded.model, calibration)
-    before, after = done.passes[-1].report()["loss_before"], done.passes[-1].report()["loss_after"]
+    healed = done.passes[-1]
+    assert isinstance(healed, Heal) and healed.healed is not None
+    before, after = healed.healed.loss
     assert after < before and describe(loaded.model).carriers == 2
