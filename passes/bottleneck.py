@@ -6,8 +6,8 @@ visual tokens an image has. In prefill all of them still run through all layers.
 
 Source: VoCo-LLaMA, "Towards Vision Compression with Large Language Models" (arXiv:2406.12275). We differ: the paper
 puts new tokens with embeddings of their own behind an image, so a prompt gets longer; here its last visual tokens do
-that, so there are neither new columns nor new weights. The paper trains the whole model for it in two stages; untrained
-it loses the image, and so it does here: `heal` is the short way.
+that, so there are neither new columns nor new weights. The paper trains for it in two stages; untrained it loses the
+image, and so it does here: `heal` is the short way.
 """
 
 from __future__ import annotations
