@@ -11,6 +11,7 @@ from typing import Any
 from . import pipeline
 from .errors import PassError
 from .manifest import Manifest, TokenBudget
+from .passes.bottleneck import Bottleneck
 from .passes.drop_heads import DropHeads
 from .passes.drop_layers import DropLayers
 from .passes.drop_neurons import DropNeurons
@@ -149,6 +150,8 @@ def verdicts(a: Anatomy) -> list[Verdict]:
     for what in WHATS:
         step = SkipVisual(what=what, count=1)
         found.append(_try(f"{SkipVisual.name} {what}", step, trimmed, f"{a.language.layers} layers"))
+    step = Bottleneck(carriers=1)
+    found.append(_try(step.name, step, trimmed, "text sees an image through its last tokens; meant with heal"))
     found.append(_try(Heal.name, Heal(steps=1), trimmed, "after a cut; trains on the calibration prompts"))
     rows = a.language.vocabulary
     found.append(_try(TrimVocabulary.name, TrimVocabulary(size=max(2, rows // 2)), trimmed, f"{rows} tokens"))

@@ -1,6 +1,6 @@
 """`manifest.json`: what a bundle holds, as plain dataclasses shared by the writer and the torch-free runner.
 
-Schema 4. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
+Schema 5. Shapes are lists of ints, dtypes are NumPy names, paths are relative to the bundle and use `/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .errors import BundleError
 from .vocabulary import Vocabulary
 
-SCHEMA = 4
+SCHEMA = 5
 MANIFEST = "manifest.json"
 
 
@@ -108,6 +108,7 @@ class TokenBudget:
     text_tokens: int  # room for everything that is not an image
     new_tokens: int  # most tokens generated after the prompt
     ladder: tuple[Rung, ...] = ()  # where visual tokens leave inside the language model
+    carriers: int = 0  # the last visual tokens of an image, the only ones of it that are cached; 0: all are
 
     @property
     def sequence(self) -> int:
@@ -115,9 +116,14 @@ class TokenBudget:
         return self.images * self.visual_tokens + self.text_tokens
 
     @property
+    def positions(self) -> int:
+        """Columns of a prompt and its answer."""
+        return self.sequence + self.new_tokens
+
+    @property
     def cache(self) -> int:
         """Rows of each KV buffer, C; of the layers before the first rung."""
-        return self.sequence + self.new_tokens
+        return self.positions - visual_hidden(self.carriers, (self.visual_tokens,) * self.images)
 
     def left(self, layer: int) -> int:
         """Of the budget's columns, the visual ones that a language layer no longer sees."""
@@ -132,6 +138,15 @@ def visual_left(ladder: Sequence[Rung], counts: Sequence[int], layer: int) -> in
     """
     passed = [rung for rung in ladder if rung.layer <= layer]
     return sum(count - passed[-1].stay(count) for count in counts) if passed else 0
+
+
+def visual_hidden(carriers: int, counts: Sequence[int]) -> int:
+    """Visual tokens of a prompt that no language layer caches: all but the last `carriers` of each image; 0 for none.
+
+    Args:
+        counts: of each image, visual tokens that entered the language model.
+    """
+    return sum(count - carriers for count in counts) if carriers else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,15 +131,16 @@ def plan(request: Request) -> Plan:
             text_tokens=request.text_tokens,
             new_tokens=request.new_tokens,
             ladder=after.ladder,
+            carriers=after.carriers,
         )
         for keep in keeps
     )
     _check_ladder(whole, after, budgets, keeps)
     for budget in budgets:
-        if budget.cache > before.language.max_positions:
+        if budget.positions > before.language.max_positions:
             raise ExportError(
                 f"{budget.images} images of {budget.visual_tokens} tokens, {budget.text_tokens} text and "
-                f"{budget.new_tokens} new tokens make {budget.cache} positions, the model knows "
+                f"{budget.new_tokens} new tokens make {budget.positions} positions, the model knows "
                 f"{before.language.max_positions}",
                 hint="lower --images, --text-tokens or --new-tokens",
             )

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import BundleError
-from .manifest import Bucket, Layout, Rung, TokenBudget, visual_left
+from .manifest import Bucket, Layout, TokenBudget, visual_hidden, visual_left
 
 IMAGE_TAG = "<image>"  # in a user's prompt: where an image goes
 # What processors say of an image, beside its pixels.
@@ -87,9 +87,10 @@ class Prompt:
     def length(self) -> int:
         return self.input_ids.shape[1]
 
-    def rows(self, ladder: Sequence[Rung], layer: int) -> int:
-        """Columns that a language layer sees, and caches."""
-        return self.length - visual_left(ladder, self.counts, layer)
+    def rows(self, budget: TokenBudget, layer: int = 0) -> int:
+        """Columns that a language layer caches."""
+        hidden = visual_hidden(budget.carriers, self.counts)
+        return self.length - visual_left(budget.ladder, self.counts, layer) - hidden
 
     def shrink(self, kept: Sequence[np.ndarray]) -> Prompt:
         """The same prompt with the placeholders of the kept tokens only, int64 [K] for each picture."""
@@ -137,11 +138,17 @@ class Prompt:
                 f"{len(self.pictures)} images in the prompt, the budget holds {budget.images}",
                 hint=f"convert again with --images {len(self.pictures)}",
             )
+        text = self.length - sum(self.counts)
         if self.length > budget.sequence:
-            text = self.length - sum(self.counts)
             raise BundleError(
                 f"the prompt has {self.length} tokens ({len(self.pictures)} images of {sum(self.counts)} in all and "
                 f"{text} of text), the budget holds {budget.sequence}",
+                hint=f"shorten it, or convert again with --text-tokens {text}",
+            )
+        if text > budget.text_tokens and (budget.ladder or budget.carriers):  # no visual column may take it
+            raise BundleError(
+                f"the prompt has {text} tokens of text, the budget holds {budget.text_tokens}: in some layers there is "
+                "no room for text in the place of images",
                 hint=f"shorten it, or convert again with --text-tokens {text}",
             )
         assert max(self.counts, default=0) <= budget.visual_tokens  # a prompt that was not shrunk would overlap

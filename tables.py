@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Verdict
-    from .manifest import ExactnessRow, Manifest
+    from .manifest import ExactnessRow, Manifest, TokenBudget
     from .pipeline import Plan
     from .runtime.bench import Speed
 
@@ -44,10 +44,12 @@ def plan(model: str, planned: Plan) -> str:
     for what, layers in dataclasses.asdict(b.idle).items():
         if layers and what != "window":
             lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
+    if b.carriers:
+        lines.insert(-1, f"neck     text sees each image through {b.carriers} of its visual tokens")
     for budget in planned.budgets:
         lines.append(
             f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "
-            f"columns, + {budget.new_tokens} new = {budget.cache} cache rows"
+            f"columns, + {budget.new_tokens} new = {_cache(budget)}"
         )
     for before, after in zip(data["before"]["costs"], data["after"]["costs"], strict=True):
         lines.append(
@@ -60,6 +62,12 @@ def plan(model: str, planned: Plan) -> str:
     lines.append(f"KV cache {cache[0]:.3f} -> {cache[1]:.3f} MB in float32")
     lines += [f"note     {note}" for note in planned.notes]
     return "\n".join(lines)
+
+
+def _cache(budget: TokenBudget) -> str:
+    if not budget.carriers:
+        return f"{budget.cache} cache rows"
+    return f"{budget.positions} positions, {budget.cache} cache rows behind the bottleneck"
 
 
 def applies(verdicts: Sequence[Verdict]) -> str:

@@ -66,13 +66,15 @@ class Race:
 
 
 def budget(a: Anatomy) -> TokenBudget:
-    return TokenBudget(images=1, visual_tokens=max(a.keep), text_tokens=64, new_tokens=128, ladder=a.ladder)
+    return TokenBudget(
+        images=1, visual_tokens=max(a.keep), text_tokens=64, new_tokens=128, ladder=a.ladder, carriers=a.carriers
+    )
 
 
 def visual_work(a: Anatomy) -> int:
     """FLOPs of the language model's prefill that the image takes: with it, minus those of the text alone."""
-    text = replace(budget(a), images=0, ladder=())
-    alone = predict(replace(a, ladder=(), idle=Idle()), text, "prefill").flops
+    text = replace(budget(a), images=0, ladder=(), carriers=0)
+    alone = predict(replace(a, ladder=(), idle=Idle(), carriers=0), text, "prefill").flops
     return predict(a, budget(a), "prefill").flops - alone
 
 

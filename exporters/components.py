@@ -18,7 +18,8 @@
 | | past_key_i, past_value_i, past_conv_i | see below | float |
 
 With a ladder (`surgery/inside.py`) a layer behind a rung has shorter buffers, and prefill also gives kept_i
-[1, columns] int64, the columns of the prompt that go on from each rung, padding included.
+[1, columns] int64, the columns of the prompt that go on from each rung, padding included. With a bottleneck
+(`surgery/bottleneck.py`) the buffers of all layers hold text and carriers only, and so does decode's `length` count.
 
 Outputs: vision gives image_features [K, hidden], kept [1, K] int64 and deepstack_j [K, hidden]; prefill and decode give
 logits [1, vocabulary] of the last token and a present_… for each past_…, which may share its memory. Of an attention
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 from ..manifest import Bucket, TokenBudget
 from ..surgery.anatomy import Idle
+from ..surgery.bottleneck import Neck
 from ..surgery.inside import Columns, Landing, Passage, passing
 from ..surgery.load import locate
 from ..surgery.rows import take
@@ -101,7 +103,7 @@ class Decoder(nn.Module):
                 valid = (torch.arange(ids.shape[1]) < length).to(x.dtype)[None, :, None]
                 x = x * valid
             if family.prefix == "image":
-                blocks = torch.where(index < 0, -1, torch.div(row, self.slot, rounding_mode="floor"))
+                blocks = self._images(index)
             elif family.prefix == "whole":
                 blocks = torch.where(torch.arange(ids.shape[1])[None] < length, 0, -1)
             for name, layer in zip(_levels(inputs), parts.language_layers, strict=False):
@@ -143,7 +145,8 @@ class Decoder(nn.Module):
 
                 stack.callback(layers[rung.layer].register_forward_pre_hook(shorten).remove)
             return None
-        if not ladder and attached(self.model).idle == Idle():
+        carriers = self.budget.carriers
+        if not ladder and attached(self.model).idle == Idle() and not carriers:
             return None
 
         def arrived(columns: Columns, index: Tensor) -> None:
@@ -154,7 +157,16 @@ class Decoder(nn.Module):
         whole = self.budget.images * self.slot
         landings = [Landing(x.shape[1] - n, whole - n, one) for n, one in zip(gone, left, strict=True)]
         columns = Columns(torch.arange(x.shape[1])[None], visual, length, step.blocks)
-        return stack.enter_context(passing(self.model, Passage(self.model, x, columns, whole, landings, arrived)))
+        neck = None
+        if carriers:
+            index = inputs["visual_index"]
+            text = self.budget.text_tokens
+            neck = Neck.of(index, self._images(index), columns.real, self.budget.images, carriers, text)
+        return stack.enter_context(passing(self.model, Passage(self.model, x, columns, whole, landings, arrived, neck)))
+
+    def _images(self, index: Tensor) -> Tensor:
+        """Of which picture the columns with these visual tokens are, int64 [1, S], -1 for text."""
+        return torch.where(index < 0, -1, torch.div(index.clamp(min=0), self.slot, rounding_mode="floor"))
 
 
 def _levels(inputs: dict[str, Tensor]) -> list[str]:

@@ -162,10 +162,10 @@ def _multi_head(node: ir.Node) -> int:
 
 def _group_query(node: ir.Node) -> int:
     """com.microsoft GroupQueryAttention: causal behind the rows of the cache; the whole buffer where that varies."""
-    (batch, rows, width), cache = _shape(node, 0), _shape(node, 3)
+    batch, rows, width = _shape(node, 0)
     total = node.inputs[6]
     known = None if total is None or total.const_value is None else total.const_value
-    seen = cache[2] if known is None else int(known.numpy())
+    seen = _shape(node, 3)[2] if known is None else int(known.numpy())
     window = max(0, _attribute(node, "local_window_size", 0))  # -1 says none
     return 4 * batch * width * pairs(rows, seen, window)
 

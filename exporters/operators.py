@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ OPSET = 24
 class CacheStep:
     """What the language model's layers need in one call of a graph; lives for one trace. S query columns."""
 
-    past: Mapping[str, Tensor]  # key_i, value_i [1, kv_heads, C, head_dim]; conv_i [1, channels, taps]
+    past: Mapping[str, Tensor]  # key_i, value_i [1, kv_heads, C, head_dim]; conv_i [1, channels, taps]; {}: no cache
     length: Tensor  # int64 [1]: rows in the cache after this step
     prefill: bool  # S columns from row 0, or 1 column at row length - 1
     valid: Tensor | None = None  # [1, S, 1]: 0 for padding columns; set when int8 scales must not see padding
@@ -49,6 +49,7 @@ class CacheStep:
     window_over_blocks: bool = False  # whether a sliding window cuts blocks too (Gemma 3) or not (PaliGemma 2)
     windowed_blocks: bool = False  # whether layers without a window are causal whatever the blocks (Gemma 4)
     asks: Tensor | None = None  # bool [1, 1, n, S]: the columns that the layer's n query columns see; None: all ask
+    rows: Tensor | None = None  # int64 [1, n]: the columns whose answers are wanted, where all come; None: all
     present: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
@@ -58,6 +59,20 @@ class CacheStep:
         self.valid = None if valid is None else take(valid, columns, -2, -3)
         yield
         self.valid, self.asks = valid, None
+
+    def among(self, columns: Tensor) -> CacheStep:
+        """The same where there are no other columns than these, int64 [1, n]."""
+        valid, blocks = self.valid, self.blocks
+        return replace(
+            self,
+            valid=None if valid is None else take(valid, columns, -2, -3),
+            blocks=None if blocks is None else take(blocks, columns, -1, -2),
+        )
+
+    def beside(self, seen: Tensor, columns: Tensor) -> CacheStep:
+        """A step that caches nothing and answers these columns alone, int64 [1, n], which see what `seen` says."""
+        valid = None if self.valid is None else take(self.valid, columns, -2, -3)
+        return replace(self, past={}, present={}, valid=valid, asks=seen, rows=columns)
 
     def seen_blocks(self, window: int | None) -> Tensor | None:
         """The blocks that a layer with this window has."""
@@ -172,12 +187,13 @@ class Contrib:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
         """[1, heads, S, head_dim] against the cache -> [1, S, heads, head_dim]; adds to `step.present`."""
-        past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         columns = q.shape[2]
         if step.prefill and (
             step.asks is not None or step.seen_blocks(window) is not None
         ):  # the operator knows causal masks only
             return self._masked(q, k, v, scale, layer, step, window)
+        past_key, past_value = step.past.get(f"key_{layer}"), step.past.get(f"value_{layer}")
+        shape = k.shape if past_key is None else past_key.shape
         if step.prefill:  # padding columns write rows that decode overwrites before they can be seen
             rows = torch.tensor([columns - 1], dtype=torch.int32)
             total = torch.tensor(columns, dtype=torch.int32)
@@ -192,7 +208,7 @@ class Contrib:
             (_columns(q), _columns(k), _columns(v), past_key, past_value, rows, total),
             attributes,
             dtypes=(q.dtype,) * 3,
-            shapes=((1, columns, q.shape[1] * q.shape[3]), past_key.shape, past_value.shape),
+            shapes=((1, columns, q.shape[1] * q.shape[3]), shape, shape),
             version=1,
         )
         step.present |= {f"key_{layer}": key, f"value_{layer}": value}
@@ -202,7 +218,7 @@ class Contrib:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
         columns = k.shape[2]
-        for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)):
+        for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)) if step.past else ():
             # Rows behind the prompt are copied onto themselves: past and present may be one buffer.
             step.present[name] = torch.cat([new, step.past[name][:, :, columns:]], dim=2)
         return _softmax_attention(q, k, v, step.mask(columns, window), scale).transpose(1, 2)
@@ -223,6 +239,8 @@ class Standard:
     def cached(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
+        if not step.past:
+            return self._attention(q, k, v, scale, mask=step.asks, causal=step.asks is None).transpose(1, 2)
         write = torch.zeros(1, dtype=torch.int64) if step.prefill else step.length - 1
         past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
         key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)
@@ -318,7 +336,14 @@ def emitting(model: Any, operators: Operators) -> Iterator[None]:
                 f"`{type(module).__name__}` does not get the cache's step: its model keeps keyword arguments to itself",
                 hint="this model cannot be exported yet; ask for it with its config",
             )
-        out = operators.cached(q, k, v, scale, module.layer_idx, step, window)
+        few = step.rows
+        if few is not None and operators.causal(q.dtype, q.shape[-1]) and step.seen_blocks(window) is None:
+            # All rows, causally, multiply fewer pairs than most of them with a mask.
+            out = operators.cached(q, k, v, scale, module.layer_idx, replace(step, asks=None), window)
+            out = take(out.flatten(2), few, -2, -3).unflatten(-1, out.shape[2:])
+        else:
+            q = q if few is None else take(q, few, -2, -4)
+            out = operators.cached(q, k, v, scale, module.layer_idx, step, window)
         return (out if step.valid is None else out * step.valid.unsqueeze(-1)), None
 
     def dot_product(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *_: Any, **given: Any) -> Tensor:

@@ -59,6 +59,11 @@ class PruneInside(Pass):
             raise PassError(
                 f"{self.name}: visual tokens skip work in layers that are named by number", hint="put skip-visual last"
             )
+        if a.carriers:
+            raise PassError(
+                f"{self.name}: text sees {a.carriers} carriers of each image alone, by `bottleneck`",
+                hint="leave one of the two passes out",
+            )
         if language.stiff is not None:
             raise PassError(f"{self.name}: no token can leave inside `{a.family}`: {language.stiff}")
         if row.neurons and language.solid is not None:

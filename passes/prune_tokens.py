@@ -65,6 +65,11 @@ class PruneTokens(Pass):
                 raise PassError(f"{self.name}: no policy `{value}` for {key}", hint=nearest(value, known))
         if self.seed < 0:
             raise PassError(f"{self.name}: seed={self.seed}", hint="choose 0 or more")
+        if a.carriers:
+            raise PassError(
+                f"{self.name}: text sees each image through {a.carriers} of the {_counts(a.keep)} tokens that it has",
+                hint="put prune-tokens before bottleneck",
+            )
         if a.method is not None:
             raise PassError(
                 f"{self.name}: the model already keeps {_counts(a.keep)} of {_counts(b.tokens for b in a.buckets)} "

@@ -24,6 +24,7 @@ from ..errors import PassError, nearest
 from ..surgery.anatomy import Anatomy
 from ..surgery.load import describe
 from .base import PARTS, Pass, keys
+from .bottleneck import Bottleneck
 from .calibration import Calibration
 from .drop_heads import DropHeads
 from .drop_layers import DropLayers
@@ -50,6 +51,7 @@ PASSES: dict[str, type[Pass]] = {
         PruneTokens,
         PruneInside,
         SkipVisual,
+        Bottleneck,
         Heal,
         TrimVocabulary,
         Quantize,

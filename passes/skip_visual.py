@@ -62,6 +62,11 @@ class SkipVisual(Pass):
             raise PassError(f"{self.name}: no MLP of `{a.family}` can be skipped: {language.solid}")
         if self.what != "mlp" and language.stiff is not None:
             raise PassError(f"{self.name}: columns of `{a.family}` cannot be told apart: {language.stiff}")
+        if a.carriers and self.what != "mlp":
+            raise PassError(
+                f"{self.name}: {a.carriers} carriers of each image see the others in every layer, by `bottleneck`",
+                hint='use what = "mlp", or leave one of the two passes out',
+            )
         if a.language.window is not None and self.what != "mlp":
             raise PassError(
                 f"{self.name}: some layers of `{a.family}` see {language.window} columns back, and one that runs "

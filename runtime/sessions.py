@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import BundleError, nearest
-from ..manifest import GraphInfo, Manifest, TokenBudget, visual_left
+from ..manifest import GraphInfo, Manifest, TokenBudget, visual_hidden, visual_left
 from ..prompt import Picture, Prompt
 
 _state: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")  # has no type stub
@@ -206,7 +206,8 @@ class Graphs:
     def decode(self, token: int, prompt: Prompt, count: int) -> np.ndarray:
         """One token; `count` were fed since the prompt -> logits of the next token, float32 [V]."""
         position = np.full((prompt.layout.axes, 1), prompt.next_position + count)
-        length = np.array([prompt.length + count + 1])
+        hidden = visual_hidden(self.budget.carriers, prompt.counts)
+        length = np.array([prompt.length - hidden + count + 1])
         inputs = {"input_ids": np.array([[token]]), "position_ids": position, "length": length}
         return self._step("decode", inputs | self._left(prompt))
 

@@ -115,6 +115,7 @@ class Anatomy:
     inside: str | None = None  # how those are chosen that go on inside the language model; None keeps all
     ladder: tuple[Rung, ...] = ()  # at which of its layers how many do
     idle: Idle = Idle()
+    carriers: int = 0  # visual tokens of an image through which text sees it; 0: it sees all
     quantized: tuple[str, ...] = ()  # parts whose linears are int8: vision, language
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..manifest import TokenBudget, visual_left
+from ..manifest import TokenBudget, visual_hidden, visual_left
 from .anatomy import Anatomy, Idle
 
 
@@ -34,6 +34,12 @@ class Work:
 def rows(a: Anatomy, tokens: int, counts: Sequence[int]) -> tuple[int, ...]:
     """Rows in each language layer when `tokens` columns enter the first, `counts` of each image among them."""
     return tuple(tokens - visual_left(a.ladder, counts, layer) for layer in range(a.language.layers))
+
+
+def cached(a: Anatomy, budget: TokenBudget) -> tuple[int, ...]:
+    """Rows that each language layer caches at a full budget."""
+    counts = _counts(budget)
+    return rows(a, budget.positions - visual_hidden(a.carriers, counts), counts)
 
 
 def pairs(count: int, seen: int, window: int = 0) -> int:
@@ -90,7 +96,7 @@ def predict(
 
 def kv_bytes(a: Anatomy, budget: TokenBudget, element_bytes: int = 4) -> int:
     """Bytes of the KV cache; what short convolutions remember is left out."""
-    kept = zip(rows(a, budget.cache, _counts(budget)), a.language.kv_heads, strict=True)
+    kept = zip(cached(a, budget), a.language.kv_heads, strict=True)
     return sum(2 * n * kv * a.language.head_dim * element_bytes for n, kv in kept)
 
 
@@ -146,9 +152,9 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
     """FLOPs of the language model's layers for a whole prompt, or for the last token of a budget."""
     lm, flops, counts = a.language, 0, _counts(budget)
     columns = rows(a, budget.sequence, counts) if prefill else (1,) * lm.layers
-    cached = columns if prefill else rows(a, budget.cache, counts)
+    remembered = columns if prefill else cached(a, budget)
     idle = a.idle if prefill else Idle()
-    layers = zip(columns, cached, _products(a), lm.heads, lm.windows, lm.masked, strict=True)
+    layers = zip(columns, remembered, _products(a), lm.heads, lm.windows, lm.masked, strict=True)
     for layer, (count, seen, (keys, queries, mlp), heads, window, masked) in enumerate(layers):
         text = budget.text_tokens
         asking = text if layer in idle.layers else count
@@ -161,5 +167,8 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
         elif layer in (*idle.apart, *idle.near):  # and visual tokens ask text, and their neighbours
             beside = idle.window**2 if layer in idle.near else 0
             multiplied = text * seen + (count - text) * (text + beside)
+        elif prefill and a.carriers:  # text and carriers ask each other, visual tokens what they asked before
+            few = count - visual_hidden(a.carriers, counts)
+            multiplied = few * few + sum(counts) * count if every else pairs(few, few) + multiplied
         flops += 2 * (count * keys + asking * queries + working * mlp) + 4 * multiplied * heads * lm.head_dim
     return flops

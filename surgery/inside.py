@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..manifest import Rung
+from .bottleneck import Neck, narrowing
 from .neurons import find_mlp
 from .picking import Picker, topk
 from .rows import AXES, BESIDE, Split, idling, of_columns, of_columns_by_name, take
@@ -198,6 +199,8 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
         for i in asking if about.inside and about.inside.leaver.neurons else ():
             stack.callback(_watch_neurons(layers[i], i, neurons).remove)
         stack.enter_context(idling(layers, parts.language.config, about.idle, about.buckets[0].panels, passage))
+        if passage.neck is not None:
+            stack.enter_context(narrowing(parts.language.config, passage.neck, passage))
         taps = stack.enter_context(tapping(attentions))
         for index in range(ladder[0].layer, len(layers)) if ladder else ():
             rung = next((i for i, r in enumerate(ladder) if r.layer == index), None)
@@ -222,6 +225,7 @@ class Passage:
         visual: columns of each prompt that are visual tokens; of a graph, at most.
         landings: one for each rung.
         arrived: told at each rung what goes on, and which of the columns before the rung that is, int64 [B, n].
+        neck: of a bottleneck.
     """
 
     def __init__(
@@ -232,6 +236,7 @@ class Passage:
         visual: int,
         landings: Sequence[Landing],
         arrived: Callable[[Columns, Tensor], None] = lambda columns, index: None,
+        neck: Neck | None = None,
     ) -> None:
         self.inside: Inside | None = attached(model).inside
         self.language = attached(model).family.locate(model).language
@@ -242,6 +247,7 @@ class Passage:
         self.visual = visual
         self.landings = landings
         self.arrived = arrived
+        self.neck = neck
         self.split = Split.of(columns.visual, columns.real, visual)
         self.kept: list[Tensor] = []  # at each rung, places of the columns that went on, [B, S]
 

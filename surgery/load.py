@@ -82,6 +82,7 @@ def describe(model: Any) -> Anatomy:
         inside=about.inside.leaver.method if about.inside else None,
         ladder=about.inside.ladder if about.inside else (),
         idle=about.idle,
+        carriers=about.carriers,
         quantized=tuple(quantized),
     )
 

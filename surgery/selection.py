@@ -233,6 +233,7 @@ class Attached:
     selection: Selection | None = None
     inside: Any = None  # surgery.inside.Inside
     idle: Idle = field(default_factory=Idle)
+    carriers: int = 0  # see surgery/bottleneck.py
     measured: Any = None  # for each bucket; see surgery/measure.py
     vocabulary: Vocabulary | None = None  # of a model whose vocabulary was cut
 

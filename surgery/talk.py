@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..manifest import visual_left
 from ..prompt import Picture, Prompt
 from .anatomy import Idle
+from .bottleneck import Neck
 from .inside import Columns, Landing, Passage, passing
 from .load import locate
 from .selection import attached
@@ -105,10 +106,12 @@ class Talk:
             extra |= {"visual_pos_masks": place, "deepstack_visual_embeds": [torch.cat(level) for level in levels]}
         after = torch.tensor([p.next_position for p in prompts])
         talk = cls(model, torch.empty(0), cache, after, torch.empty(0))
-        if attached(model).inside is None and attached(model).idle == Idle():
+        if about.inside is None and about.idle == Idle() and not about.carriers:
             return talk._run(x, position_ids, extra)
         with passing(model, _passage(model, x, prompts, place, blocks)) as passage:
             talk = talk._run(x, position_ids, extra)
+        if passage.neck is not None:
+            passage.neck.forget(talk.cache)
         return replace(talk, kept=tuple(passage.kept))
 
     @torch.no_grad()
@@ -142,15 +145,20 @@ class Talk:
 
 def _passage(model: Any, x: Tensor, prompts: Sequence[Prompt], visual: Tensor, blocks: Tensor | None) -> Passage:
     """Prompts that lose visual tokens on their way: as many of each, or the rows of a batch would differ."""
-    inside, counts = attached(model).inside, prompts[0].counts
-    ladder = inside.ladder if inside else ()
+    about, counts = attached(model), prompts[0].counts
+    ladder = about.inside.ladder if about.inside else ()
     length, total = x.shape[1], sum(counts)
     gone = [visual_left(ladder, counts, rung.layer) for rung in ladder]
     if any(p.counts != counts for p in prompts):
         raise ValueError("prompts that have different numbers of visual tokens are not read together")
     landings = [Landing(length - n, total - n, torch.tensor([n])) for n in gone]
     places = torch.arange(length)[None].expand(len(x), -1)
-    return Passage(model, x, Columns(places, visual, torch.tensor([length]), blocks), total, landings)
+    columns = Columns(places, visual, torch.tensor([length]), blocks)
+    neck = None
+    if about.carriers and total:  # a prompt of text has no picture to see
+        index = torch.from_numpy(np.concatenate([p.visual_index for p in prompts]))
+        neck = Neck.of(index, _images(prompts), columns.real, len(counts), about.carriers, length - total)
+    return Passage(model, x, columns, total, landings, neck=neck)
 
 
 _COLUMNS = ("input_ids", "visual_index")
@@ -190,9 +198,14 @@ def _blocks(prefix: str, prompts: Sequence[Prompt]) -> Tensor | None:
     """For attention that is not causal: which block each column sees whole, int64 [B, L], -1 for none."""
     if prefix == "causal":
         return None
-    index = np.concatenate([p.visual_index for p in prompts])
     if prefix == "whole":  # but no answer
-        asked = index.shape[1] - np.array([[p.said] for p in prompts])
-        return torch.from_numpy(np.where(np.arange(index.shape[1]) < asked, 0, -1))
-    blocks = [np.searchsorted(np.cumsum(p.counts), p.visual_index, side="right") for p in prompts]
-    return torch.from_numpy(np.where(index < 0, -1, np.concatenate(blocks)))
+        asked = prompts[0].length - np.array([[p.said] for p in prompts])
+        return torch.from_numpy(np.where(np.arange(prompts[0].length) < asked, 0, -1))
+    return _images(prompts)
+
+
+def _images(prompts: Sequence[Prompt]) -> Tensor:
+    """Of which picture each column is, int64 [B, L], -1 for text."""
+    index = np.concatenate([p.visual_index for p in prompts])
+    images = [np.searchsorted(np.cumsum(p.counts), p.visual_index, side="right") for p in prompts]
+    return torch.from_numpy(np.where(index < 0, -1, np.concatenate(images)))

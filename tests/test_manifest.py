@@ -85,7 +85,10 @@ manifests = st.builds(
 @given(budgets)
 def test_sizes_follow_from_the_budget(budget: TokenBudget) -> None:
     assert budget.sequence == budget.images * budget.visual_tokens + budget.text_tokens
-    assert budget.cache - budget.sequence == budget.new_tokens
+    assert budget.cache == budget.positions == budget.sequence + budget.new_tokens
+    narrow = dataclasses.replace(budget, carriers=1)
+    assert narrow.cache == budget.images + budget.text_tokens + budget.new_tokens
+    assert (narrow.sequence, narrow.positions) == (budget.sequence, budget.positions)
 
 
 @given(buckets)
@@ -126,7 +129,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest
 def test_other_schemas_are_refused(tmp_path_factory: pytest.TempPathFactory, schema: int) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     (folder / "manifest.json").write_text(json.dumps({"schema": schema}))
-    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 4"):
+    with pytest.raises(BundleError, match=f"schema {schema}, this vlmcut reads schema 5"):
         read(folder)
 
 

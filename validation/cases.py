@@ -122,9 +122,9 @@ def distances(graphs: Graphs, case: Case) -> Distances:
     for have, want in zip(graphs.kept, case.kept, strict=True):
         wrong = float(np.setxor1d(have, want).size)
         found["prefill", "kept"] = max(wrong, found.get(("prefill", "kept"), 0.0))
-    ladder = graphs.budget.ladder
+    budget = graphs.budget
     found |= _state_distance(
-        "prefill", graphs.states(), case.prefill_states, lambda i: slice(0, prompt.rows(ladder, i))
+        "prefill", graphs.states(), case.prefill_states, lambda i: slice(0, prompt.rows(budget, i))
     )
     steps = []
     for count, token in enumerate(case.tokens):
@@ -132,7 +132,7 @@ def distances(graphs: Graphs, case: Case) -> Distances:
     found["decode", "logits"] = _distance(np.stack(steps), case.decode_logits)
 
     def new(layer: int) -> slice:
-        return slice(prompt.rows(ladder, layer), prompt.rows(ladder, layer) + len(case.tokens))
+        return slice(prompt.rows(budget, layer), prompt.rows(budget, layer) + len(case.tokens))
 
     return found | _state_distance("decode", graphs.states(), case.decode_states, new)
 

@@ -173,10 +173,10 @@ def _record(exact: Any, graphs: Graphs, prompt: Prompt, choice: Sequence[np.ndar
     ]
     sights = [Sight(s.features.numpy(), s.kept.numpy(), tuple(x.numpy() for x in s.levels)) for s in seen]
     graphs.prefill(prompt, sights)  # who goes on inside the language model is the runtime's choice too
-    kept, ladder = graphs.kept, graphs.budget.ladder
+    kept, budget = graphs.kept, graphs.budget
     with reference.passing(exact, prompt, kept):
         talk = Talk.read(exact, [prompt], [seen])
-    first, before = talk.logits[0], _states(talk, lambda layer: slice(0, prompt.rows(ladder, layer)))
+    first, before = talk.logits[0], _states(talk, lambda layer: slice(0, prompt.rows(budget, layer)))
     tokens, steps = [], []
     for _ in range(count):
         tokens.append(int(talk.logits[0].argmax()))
@@ -190,7 +190,7 @@ def _record(exact: Any, graphs: Graphs, prompt: Prompt, choice: Sequence[np.ndar
         {name: x.numpy() for name, x in before.items()},
         np.array(tokens),
         torch.stack(steps).numpy(),
-        {name: x.numpy() for name, x in _states(talk, lambda i: slice(prompt.rows(ladder, i), None)).items()},
+        {name: x.numpy() for name, x in _states(talk, lambda i: slice(prompt.rows(budget, i), None)).items()},
     )
 
 

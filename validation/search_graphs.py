@@ -91,7 +91,7 @@ class Graphs:
         if a.query_dependent:  # the question is embedded by the language model's table
             return role, repr(a)
         blank = {"language": o.language, "layout": o.layout, "inside": None, "ladder": (), "idle": o.idle}
-        return role, repr(replace(a, quantized=quantized, **blank))
+        return role, repr(replace(a, quantized=quantized, carriers=0, **blank))
 
     def _keys(self, cut: Cut) -> list[Key]:
         a, make = cut
@@ -102,7 +102,7 @@ class Graphs:
             keep, ladder = (about := describe(model)).keep, about.ladder  # as measured, which the plan only expects
             budget = TokenBudget(
                 images=1, visual_tokens=max(keep), text_tokens=self.text_tokens, new_tokens=self.new_tokens,
-                ladder=ladder,
+                ladder=ladder, carriers=about.carriers,
             )  # fmt: skip
             every = components(model, budget, keep, a.quantized)
             for key in missing:

@@ -98,8 +98,8 @@ def _forget(data: dict[str, Any]) -> None:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
-    "schema 1": (lambda d: d.update(schema=1), ("schema 1", "reads schema 4")),
-    "no schema": (lambda d: d.pop("schema"), ("schema None", "reads schema 4")),
+    "schema 1": (lambda d: d.update(schema=1), ("schema 1", "reads schema 5")),
+    "no schema": (lambda d: d.pop("schema"), ("schema None", "reads schema 5")),
     "missing field": (lambda d: d.pop("graphs"), ("cannot be read", "graphs")),
     "unknown field": (lambda d: d.update(extra=1), ("cannot be read", "extra")),
     "wrong type": (lambda d: d.update(files=[1]), ("cannot be read",)),

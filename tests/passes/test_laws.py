@@ -87,6 +87,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
     "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
+    "bottleneck": {},  # as many carriers as tokens are refused: see tests/passes/test_bottleneck.py
     "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
     "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
@@ -104,6 +105,7 @@ REAL: dict[str, dict[str, Maker]] = {
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
     "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
     "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
+    "bottleneck": {},  # nor this: tests/passes/test_bottleneck.py
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "trim-vocabulary": {
         "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),
