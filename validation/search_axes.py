@@ -28,6 +28,7 @@ NO_AXIS = {
     "heal": "every recipe that is asked would be trained: heal the winner",
     "trim-vocabulary": "which rows may go depends on what will be asked, and the search knows its own questions alone",
     "bottleneck": "untrained it loses the image",
+    "skip-visual near": "as `apart`",
     "skip-visual apart": "it saves attention alone, and only where a prompt has many more visual tokens than text",
 }
 
