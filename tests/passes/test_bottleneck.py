@@ -240,8 +240,8 @@ REFUSED: dict[str, tuple[int, list[Any], str, str]] = {
     "one is left": (1, [PruneTokens(keep=1)], "carriers=1 of an image that has 1", "leave this pass out"),
     "twice": (2, [Bottleneck(carriers=2)], "2 carriers of each image already", "one of the two"),
     "a ladder": (2, [PruneInside(layers=(1,), share=(0.5,))], "leave inside the language model, by `fastv`", "out"),
-    "layers": (2, [SkipVisual(what="layer", count=1, layers=(1,))], r"skip layers \[1\]", 'what = "mlp"'),
-    "apart": (2, [SkipVisual(what="apart", count=1, layers=(0,))], r"skip layers \[0\]", 'what = "mlp"'),
+    "layers": (2, [SkipVisual(what="layer", count=1, layers=(1,))], r"in some layers \(layers\)", 'what = "mlp"'),
+    "apart": (2, [SkipVisual(what="apart", count=1, layers=(0,))], r"in some layers \(apart\)", 'what = "mlp"'),
 }
 
 
