@@ -109,6 +109,7 @@ class TokenBudget:
     new_tokens: int  # most tokens generated after the prompt
     ladder: tuple[Rung, ...] = ()  # where visual tokens leave inside the language model
     carriers: int = 0  # the last visual tokens of an image, the only ones of it that are cached; 0: all are
+    idle: bool = False  # visual tokens do less than text in some layers of a prompt
 
     @property
     def sequence(self) -> int:

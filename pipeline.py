@@ -34,7 +34,7 @@ from .passes.heal import Heal
 from .passes.prune_inside import PruneInside
 from .passes.recipe import Recipe
 from .runtime.bundle import Bundle
-from .surgery.anatomy import Anatomy
+from .surgery.anatomy import Anatomy, Idle
 from .surgery.load import Loaded, attach, describe, load_config, load_processor, make_buckets, skeleton, state_dict
 from .validation import complete, quality, report, stock, work
 from .validation.prove import prove
@@ -132,6 +132,7 @@ def plan(request: Request) -> Plan:
             new_tokens=request.new_tokens,
             ladder=after.ladder,
             carriers=after.carriers,
+            idle=after.idle != Idle(),
         )
         for keep in keeps
     )

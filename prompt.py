@@ -145,7 +145,7 @@ class Prompt:
                 f"{text} of text), the budget holds {budget.sequence}",
                 hint=f"shorten it, or convert again with --text-tokens {text}",
             )
-        if text > budget.text_tokens and (budget.ladder or budget.carriers):  # no visual column may take it
+        if text > budget.text_tokens and (budget.ladder or budget.carriers or budget.idle):  # else taken for visual
             raise BundleError(
                 f"the prompt has {text} tokens of text, the budget holds {budget.text_tokens}: in some layers there is "
                 "no room for text in the place of images",

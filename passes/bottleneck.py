@@ -12,7 +12,7 @@ image, and so it does here: `heal` is the short way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import PassError
@@ -43,10 +43,10 @@ class Bottleneck(Pass):
                 "of an image in every layer",
                 hint="leave one of the two passes out",
             )
-        if busy := sorted({*a.idle.layers, *a.idle.apart, *a.idle.near}):
+        if other := [what for what, layers in asdict(a.idle).items() if layers and what not in ("mlp", "window")]:
             raise PassError(
-                f"{self.name}: visual tokens skip layers {busy} or each other there, and carriers see all of an image "
-                "in every layer",
+                f"{self.name}: visual tokens do less than attend as ever in some layers ({', '.join(other)}), and "
+                "carriers see all of an image in every layer",
                 hint='leave one of the two passes out, or use skip-visual with what = "mlp"',
             )
         if language.stiff is not None:

@@ -222,12 +222,12 @@ def test_a_prompt_of_text_is_read_whole(tiny) -> None:
 
 
 def test_text_does_not_take_the_room_of_pictures(tiny) -> None:
-    """Layers behind a bottleneck, or a ladder, have columns for the text of the budget and no more."""
+    """Behind a bottleneck or a ladder, and where columns are parted, there is room for the budget's text and no more."""
     a = describe(tiny("llava").model)
     whole = TokenBudget(images=1, visual_tokens=16, text_tokens=8, new_tokens=2)
     made = text_alone(a, 9)
     assert made.pad(whole)["length"] == 9
-    for narrow in (replace(whole, carriers=2), replace(whole, ladder=(Rung(1, 0.0),))):
+    for narrow in (replace(whole, carriers=2), replace(whole, ladder=(Rung(1, 0.0),)), replace(whole, idle=True)):
         with pytest.raises(BundleError, match="9 tokens of text, the budget holds 8") as error:
             made.pad(narrow)
         assert "--text-tokens 9" in (error.value.hint or "")
@@ -240,8 +240,9 @@ REFUSED: dict[str, tuple[int, list[Any], str, str]] = {
     "one is left": (1, [PruneTokens(keep=1)], "carriers=1 of an image that has 1", "leave this pass out"),
     "twice": (2, [Bottleneck(carriers=2)], "2 carriers of each image already", "one of the two"),
     "a ladder": (2, [PruneInside(layers=(1,), share=(0.5,))], "leave inside the language model, by `fastv`", "out"),
-    "layers": (2, [SkipVisual(what="layer", count=1, layers=(1,))], r"skip layers \[1\]", 'what = "mlp"'),
-    "apart": (2, [SkipVisual(what="apart", count=1, layers=(0,))], r"skip layers \[0\]", 'what = "mlp"'),
+    "layers": (2, [SkipVisual(what="layer", count=1, layers=(1,))], r"in some layers \(layers\)", 'what = "mlp"'),
+    "apart": (2, [SkipVisual(what="apart", count=1, layers=(0,))], r"in some layers \(apart\)", 'what = "mlp"'),
+    "near": (2, [SkipVisual(what="near", count=1, layers=(0,))], r"in some layers \(near\)", 'what = "mlp"'),
 }
 
 
