@@ -222,7 +222,7 @@ def test_a_prompt_of_text_is_read_whole(tiny) -> None:
 
 
 def test_text_does_not_take_the_room_of_pictures(tiny) -> None:
-    """Behind a bottleneck or a ladder, and where columns are parted, there is room for the budget's text and no more."""
+    """Behind a bottleneck or a ladder, and where columns are parted, there is room for the budget's text alone."""
     a = describe(tiny("llava").model)
     whole = TokenBudget(images=1, visual_tokens=16, text_tokens=8, new_tokens=2)
     made = text_alone(a, 9)
