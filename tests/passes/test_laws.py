@@ -154,7 +154,7 @@ def test_real_does_what_it_plans(kind: str, maker: Maker, tiny, logits) -> None:
     before, full = logits(loaded), describe(loaded.model)
     if (kind, maker) in NONE_TO_SPARE:
         with pytest.raises(
-            PassError, match=r"fraction=1.0 of the language heads|leaves 1 of 2 language KV heads for 2"
+            PassError, match=r"fraction=1.0 of the language KV heads|leaves 1 of 2 language KV heads for 2"
         ):
             maker(full).plan(full)
         return
