@@ -43,7 +43,9 @@ def plan(model: str, planned: Plan) -> str:
         lines.insert(-1, f"inside   {steps}, by {b.inside}")
     for what, layers in dataclasses.asdict(b.idle).items():
         if layers:
-            lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
+            some = what in ("heads", "neurons")
+            said = [f"{layer[1]} in layer {layer[0]}" if some else str(layer) for layer in layers]
+            lines.insert(-1, f"idle     visual tokens, {what}: {'' if some else 'layers '}{', '.join(said)}")
     for budget in planned.budgets:
         lines.append(
             f"budget   {budget.images} x {budget.visual_tokens} image + {budget.text_tokens} text = {budget.sequence} "

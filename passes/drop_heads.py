@@ -72,6 +72,11 @@ class DropHeads(Pass):
                 raise PassError(f"{self.name}: no {what} `{given}`", hint=nearest(given, known))
         if self.part in a.quantized:  # its scales, one per row, would not follow
             raise PassError(f"{self.name}: {self.part} is int8 already", hint="put quantize last")
+        if self.part == "language" and a.idle.heads:
+            raise PassError(
+                f"{self.name}: visual tokens use heads of {len(a.idle.heads)} layers that are named by number",
+                hint="put drop-heads before slim-visual",
+            )
         if not 0 <= self.fraction < 1:
             raise PassError(
                 f"{self.name}: fraction={self.fraction} of the {self.part} heads", hint="choose 0 <= fraction < 1"

@@ -69,6 +69,11 @@ class DropNeurons(Pass):
             raise PassError(f"{self.name}: no neuron of the {self.part} part of `{a.family}` can go: {part.solid}")
         if self.part in a.quantized:  # its scales, one per row, would not follow
             raise PassError(f"{self.name}: {self.part} is int8 already", hint="put quantize last")
+        if self.part == "language" and a.idle.neurons:
+            raise PassError(
+                f"{self.name}: visual tokens use neurons of {len(a.idle.neurons)} layers that are named by number",
+                hint="put drop-neurons before slim-visual",
+            )
         if not 0 <= self.fraction < 1:
             raise PassError(
                 f"{self.name}: fraction={self.fraction} of the {self.part} neurons", hint="choose 0 <= fraction < 1"

@@ -69,7 +69,8 @@ class PruneInside(Pass):
             raise PassError(f"{self.name}: tokens leave already, by `{a.inside}`", hint="put all rungs into one pass")
         if a.idle != Idle():
             raise PassError(
-                f"{self.name}: visual tokens skip work in layers that are named by number", hint="put skip-visual last"
+                f"{self.name}: visual tokens skip work in layers that are named by number",
+                hint=f"put {a.idle.origin} last",
             )
         if language.stiff is not None:
             raise PassError(f"{self.name}: no token can leave inside `{a.family}`: {language.stiff}")

@@ -35,6 +35,7 @@ from .prune_inside import from_flags as inside_from_flags
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
 from .skip_visual import SkipVisual
+from .slim_visual import SlimVisual
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
@@ -50,6 +51,7 @@ PASSES: dict[str, type[Pass]] = {
         PruneTokens,
         PruneInside,
         SkipVisual,
+        SlimVisual,
         Heal,
         TrimVocabulary,
         Quantize,

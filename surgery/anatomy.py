@@ -13,6 +13,7 @@ from typing import Any
 from ..manifest import Bucket, Layout, Rung
 
 Pinned = tuple[tuple[int, str], ...]  # layers that cannot be dropped, ascending, and why
+Slim = tuple[tuple[int, int], ...]  # layers, ascending, and how many heads or neurons of each are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,18 @@ class Idle:
     mlp: tuple[int, ...] = ()  # they skip the MLP
     layers: tuple[int, ...] = ()  # they go by, and only give keys and values
     apart: tuple[int, ...] = ()  # they attend to text and themselves, not to each other
+    heads: Slim = ()  # they use some heads
+    neurons: Slim = ()  # they use some neurons of the MLP
+
+    @property
+    def origin(self) -> str:
+        """The pass behind it, for a hint: the first of a recipe's."""
+        return "skip-visual" if self.mlp or self.layers or self.apart else "slim-visual"
+
+    @property
+    def slim(self) -> set[int]:
+        """Layers of which they use some heads or neurons."""
+        return {layer for layer, _ in (*self.heads, *self.neurons)}
 
 
 @dataclass(frozen=True, kw_only=True)
