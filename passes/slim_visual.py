@@ -111,7 +111,8 @@ class SlimVisual(Pass):
     def free(self, a: Anatomy) -> tuple[int, ...]:
         """Layers of which visual columns may leave some out.
 
-        Not those before `first`, nor those where they do without already, nor those whose queries, keys or neurons choose who goes on.
+        Not those before `first`, those where they do without already, or whose queries, keys or neurons choose who
+        goes on.
         """
         taken = {*a.idle.layers, *a.idle.apart, *(layer for layer, _ in getattr(a.idle, self.what))}
         taken |= chosen_by(a, attention=self.what == "heads")
@@ -125,8 +126,8 @@ class SlimVisual(Pass):
         whole, free = self._whole(a), self.free(a)
         if not free:
             raise PassError(
-                f"{self.name}: of {len(whole)} layers, from layer {self._first} on, visual tokens can leave {self.what} "
-                "out of none",
+                f"{self.name}: of {len(whole)} layers, from layer {self._first} on, visual tokens can leave "
+                f"{self.what} out of none",
                 hint="leave this pass out, or give a lower `first`" if self._first else "leave this pass out",
             )
         room = tuple(n if i in free else 0 for i, n in enumerate(whole))
@@ -249,9 +250,10 @@ def head_ratios(model: Any, layers: Sequence[int], calibration: Calibration) -> 
 def visual_importance(model: Any, layers: Sequence[int], calibration: Calibration) -> dict[int, Tensor]:
     """Mean norm of what each neuron of these layers adds to visual columns, float64 [neurons] each."""
     blocks: Any = locate(model).language_layers
+    looked = [see_all(model, prompt) for prompt in calibration.prompts[:MEASURED]]
+    columns = [visual_columns(model, shrunk, pictures)[0] for shrunk, pictures in looked]
     sums = {i: torch.zeros((), dtype=torch.float64) for i in layers}
-    counts = dict.fromkeys(layers, 0)
-    visual: list[Tensor] = []
+    counts, visual = dict.fromkeys(layers, 0), columns[0]
 
     def record(layer: int, x: Tensor) -> None:
         seen = x[0][visual[layer]].detach().double().abs()
@@ -265,9 +267,7 @@ def visual_importance(model: Any, layers: Sequence[int], calibration: Calibratio
         reads[i] = mlp.reads
     hooks = [m.register_forward_pre_hook(lambda _, args, i=i: record(i, args[0])) for i, m in reads.items()]
     try:
-        for prompt in calibration.prompts[:MEASURED]:
-            shrunk, pictures = see_all(model, prompt)
-            visual[:], _ = visual_columns(model, shrunk, pictures)
+        for (shrunk, pictures), visual in zip(looked, columns, strict=True):  # noqa: B007  `record` reads it
             Talk.read(model, [shrunk], [pictures])
     finally:
         for hook in hooks:

@@ -128,7 +128,9 @@ def _slim(what: str, numbers: Iterable[int]) -> tuple[Level, ...]:
     most = max(numbers, default=0)
     counts = sorted({round(most * share) for share in FRACTIONS} - {0, most})
     table = {"name": "slim-visual", "what": what}
-    return tuple(Level(f"visual tokens, {what} -{100 * n / most:.3g} %", table | {"fraction": n / most}) for n in counts)
+    return tuple(
+        Level(f"visual tokens, {what} -{100 * n / most:.3g} %", table | {"fraction": n / most}) for n in counts
+    )
 
 
 def _counts(name: str, part: str, kind: str, total: int) -> tuple[Level, ...]:
