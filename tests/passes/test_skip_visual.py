@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_skipping_is_being_masked(kind: str, what: str, tiny, prompt) -> None:
     step = SkipVisual(what=what, count=len(layers), layers=layers)
     make([step]).apply(cut.model, None)
     after = describe(cut.model)
-    assert after.idle == Idle(**{WHATS[what]: layers}) == step.plan(before).idle
+    assert after.idle == replace(Idle(), **{WHATS[what]: layers}) == step.plan(before).idle
     made = prompt(cut)
     tokens = [7 * i % before.language.vocabulary for i in range(1, STEPS + 1)]
     mine = said(cut, made, tokens)
