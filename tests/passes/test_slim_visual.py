@@ -206,7 +206,7 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, maker: Any
     indices = constants(graph)[1] - constants(uncut)[1]
     assert after.weight_bytes - before.weight_bytes == 4 * slices + indices + floats[1] - floats[0]
     have, want = answer(loaded, prompt(loaded), budget, component, graph)
-    # float32: other kernels and padding. Measured 0.
+    # float32: other kernels and padding. Measured 3.4e-6.
     np.testing.assert_allclose(have, want, rtol=0, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_fewer_images_than_there_is_room_for(what: str, form: str, tiny, prompt)
     a = describe(loaded.model)
     make([some(a, what)]).apply(loaded.model, None)
     budget = TokenBudget(images=4, visual_tokens=a.visual_tokens, text_tokens=20, new_tokens=2)
-    # float32: other kernels and padding. Measured 0.
+    # float32: other kernels and padding. Measured 3.4e-6.
     np.testing.assert_allclose(
         *answer(loaded, prompt(loaded), budget, *prefill(loaded, budget, form)), rtol=0, atol=1e-5
     )
@@ -314,7 +314,7 @@ def test_behind_other_cuts(before: str, what: str, tiny, prompt) -> None:
 
 
 def test_the_head_that_sees_the_picture_stays(tiny) -> None:
-    """Text asks for visual columns in one head alone; q of the others is turned against them."""
+    """In one head text sees visual columns most; the others look at all columns alike."""
     loaded = tiny("llava")
     calibration = read_calibration(loaded, None)
     found = head_ratios(loaded.model, (0, 1, 2), calibration)
@@ -324,16 +324,16 @@ def test_the_head_that_sees_the_picture_stays(tiny) -> None:
     with torch.no_grad():  # scores of the others are all alike: as much for a visual column as for one of text
         weight = q.weight.unflatten(0, (6, 32))
         weight[[h for h in range(6) if h != planted]] = 0
-        weight[planted] *= 8
+        weight[planted] *= -1  # it saw visual columns least, and now it sees them most
     after = head_ratios(loaded.model, (1,), calibration)[1]
     others = torch.cat([after[:planted], after[planted + 1 :]])
     # float64: the number of visual columns over that of text, row by row. Measured 0.
     torch.testing.assert_close(others, others[:1].expand(5), rtol=1e-9, atol=0)
     step = SlimVisual(what="heads", fraction=5 / 6, first=1)
-    best = int(after.argmax())
+    assert after[planted] > others.max()  # 1.51 and 1.44
     done = make([step]).apply(loaded.model, calibration).passes[-1]
     assert isinstance(done, SlimVisual) and done.keep is not None
-    assert done.keep[0] == tuple(range(6)) and done.keep[1] == (best,)
+    assert done.keep[0] == tuple(range(6)) and done.keep[1] == (planted,)
 
 
 def test_a_ratio_is_what_numpy_says() -> None:
