@@ -11,6 +11,7 @@ from typing import Any
 
 from ..passes.prune_tokens import kept_tokens
 from ..passes.recipe import Recipe, from_tables
+from ..passes.slim_visual import FIRST
 from ..surgery.anatomy import Anatomy, Language
 from .sweep_plan import BASELINES, Refused, design, label
 
@@ -81,7 +82,7 @@ def axes(
         *_inside(lm),
         Axis("visual tokens skip MLPs", _skips("mlp", lm.layers), slot="skip"),
         Axis("visual tokens skip layers", _skips("layer", lm.layers), slot="skip"),
-        Axis("visual tokens use fewer heads", _slim("heads", lm.heads)),
+        Axis("visual tokens use fewer heads", _slim("heads", lm.heads[FIRST["heads"] :])),
         Axis("visual tokens use fewer neurons", _slim("neurons", lm.intermediate)),
         Axis("vision int8", (Level("vision int8", {"name": "quantize", "parts": ["vision"]}),)),
         Axis("language int8", (Level("language int8", {"name": "quantize", "parts": ["language"]}),)),
