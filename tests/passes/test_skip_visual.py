@@ -150,7 +150,7 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, tiny, prom
     shrunk, seen = see_all(loaded.model, made)
     table = torch.cat([s.features for s in seen])
     past = {name: x.numpy() for name, x in component.inputs.items() if name.startswith("past_")}
-    found = session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0]
+    found: Any = session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0]
     talk = Talk.read(loaded.model, [shrunk], [seen])
     # float32: other kernels and padding. Measured 3.5e-6.
     np.testing.assert_allclose(found[0], talk.logits[0], rtol=0, atol=1e-5)

@@ -160,7 +160,7 @@ def answer(loaded: Loaded, made: Prompt, budget: TokenBudget, component: Any, gr
     table = torch.zeros_like(component.inputs["image_features"])
     table[: sum(shrunk.counts)] = torch.cat([s.features for s in seen])
     past = {name: x.numpy() for name, x in component.inputs.items() if name.startswith("past_")}
-    found = session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0]
+    found: Any = session.run(["logits"], shrunk.pad(budget) | {"image_features": table.numpy()} | past)[0]
     return found[0], Talk.read(loaded.model, [shrunk], [seen]).logits[0].numpy()
 
 
