@@ -22,6 +22,8 @@ from .passes.prune_tokens import PruneTokens
 from .passes.quantize import Quantize
 from .passes.recipe import PASSES
 from .passes.skip_visual import WHATS, SkipVisual
+from .passes.slim_visual import WHATS as SLIM
+from .passes.slim_visual import SlimVisual
 from .passes.tokens.methods import METHODS
 from .passes.trim_tower import TrimTower
 from .passes.trim_vocabulary import TrimVocabulary
@@ -152,6 +154,9 @@ def verdicts(a: Anatomy) -> list[Verdict]:
         found.append(_try(f"{SkipVisual.name} {what}", step, trimmed, f"{a.language.layers} layers"))
     step = Bottleneck(carriers=1)
     found.append(_try(step.name, step, trimmed, "text sees an image through its last tokens; meant with heal"))
+    for what in SLIM:
+        slim = SlimVisual(what=what, fraction=0.5)
+        found.append(_try(f"{SlimVisual.name} {what}", slim, trimmed, f"{a.language.layers} layers"))
     found.append(_try(Heal.name, Heal(steps=1), trimmed, "after a cut; trains on the calibration prompts"))
     rows = a.language.vocabulary
     found.append(_try(TrimVocabulary.name, TrimVocabulary(size=max(2, rows // 2)), trimmed, f"{rows} tokens"))

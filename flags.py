@@ -74,6 +74,13 @@ def cuts(
         list[str] | None,
         typer.Option("--skip-visual", help="What visual tokens skip in how many layers: mlp:4; several are allowed."),
     ] = None,
+    slim_visual: Annotated[
+        str | None,
+        typer.Option("--slim-visual", help="Fractions that visual tokens leave out: heads:0.5,neurons:0.5."),
+    ] = None,
+    carriers: Annotated[
+        int | None, typer.Option("--carriers", help="Last tokens of an image through which text sees it; see --heal.")
+    ] = None,
     heal: Annotated[
         int | None, typer.Option("--heal", help="Steps of training towards the uncut model, after the cuts.")
     ] = None,
@@ -104,6 +111,8 @@ def cuts(
         "skip_visual": pairs(
             "--skip-visual", ",".join(skip_visual) if skip_visual else None, int, "what:layers, for example mlp:4"
         ),
+        "slim_visual": pairs("--slim-visual", slim_visual, float, "what:fraction, for example neurons:0.5"),
+        "carriers": carriers,
         "heal": heal,
         "vocabulary": vocabulary,
         "quantize": quantize,

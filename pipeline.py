@@ -67,6 +67,8 @@ class Request:
     ladder: tuple[tuple[int, float], ...] = ()  # layers and shares; the method's own if empty
     exit_layer: int | None = None  # from which no visual token goes on
     skip_visual: Mapping[str, int] = field(default_factory=dict)  # what visual tokens skip in how many layers
+    slim_visual: Mapping[str, float] = field(default_factory=dict)  # what they use less of, and the fraction left out
+    carriers: int | None = None  # tokens of an image through which text sees it
     heal: int | None = None  # steps of training
     vocabulary: int | None = None  # rows of it that stay
     quantize: str = "none"

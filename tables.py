@@ -43,7 +43,9 @@ def plan(model: str, planned: Plan) -> str:
         lines.insert(-1, f"inside   {steps}, by {b.inside}")
     for what, layers in dataclasses.asdict(b.idle).items():
         if layers and what != "window":
-            lines.insert(-1, f"idle     visual tokens, {what}: layers {', '.join(map(str, layers))}")
+            some = what in ("heads", "neurons")
+            said = [f"{layer[1]} in layer {layer[0]}" if some else str(layer) for layer in layers]
+            lines.insert(-1, f"idle     visual tokens, {what}: {'' if some else 'layers '}{', '.join(said)}")
     if b.carriers:
         lines.insert(-1, f"neck     text sees each image through {b.carriers} of its visual tokens")
     for budget in planned.budgets:

@@ -11,6 +11,7 @@ from vlmcut.passes.drop_neurons import DropNeurons
 from vlmcut.passes.prune_inside import PruneInside
 from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.skip_visual import SkipVisual
+from vlmcut.passes.slim_visual import SlimVisual
 from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.surgery.anatomy import Anatomy
 
@@ -43,6 +44,8 @@ def recipes(a: Anatomy) -> dict[str, tuple[Pass, ...]]:
         f"exit {half}": (leave,),
         f"skip-visual mlp {half}": (SkipVisual(what="mlp", count=half, layers=late),),
         f"skip-visual layer {half}": (SkipVisual(what="layer", count=half, layers=late),),
+        "slim-visual heads 0.5": (SlimVisual(what="heads", fraction=0.5, first=0, keep=first(lm.heads, 0.5)),),
+        "slim-visual neurons 0.5": (SlimVisual(what="neurons", fraction=0.5, keep=first(lm.intermediate, 0.5)),),
         f"prune-tokens 0.75, exit {half}": (prune, leave),
         f"the same, skip-visual mlp {half}": (prune, leave, SkipVisual(what="mlp", count=half, layers=early)),
     }

@@ -188,9 +188,20 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _read(weight: ir.Value) -> int:
-    """Bytes of an initializer that a call reads: all, or the rows taken where nothing but Gather reads it."""
+    """Bytes of an initializer that a call reads.
+
+    All, or the rows taken where nothing but Gather reads it; and beside all those that are always taken, which a
+    runtime keeps as a weight of its own.
+    """
     readers = [use.node for use in weight.uses()]
     whole = _bytes(weight)
-    if not readers or any(node.op_type != "Gather" or node.inputs[0] is not weight for node in readers):
-        return whole if readers else 0
-    return min(whole, sum(_bytes(node.outputs[0]) for node in readers))
+    taken = [node for node in readers if node.op_type == "Gather" and node.inputs[0] is weight]
+    if not readers:
+        return 0
+    if len(taken) < len(readers):
+        return whole + sum(_bytes(node.outputs[0]) for node in taken if _known(node.inputs[1]))
+    return min(whole, sum(_bytes(node.outputs[0]) for node in taken))
+
+
+def _known(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None

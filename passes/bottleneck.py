@@ -20,6 +20,8 @@ from ..surgery.anatomy import Anatomy
 from ..surgery.selection import attached
 from .base import Pass
 
+_WITHOUT_HARM = ("mlp", "neurons", "window")  # fields of `Idle` that leave attention as it is
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Pass):
@@ -43,7 +45,9 @@ class Bottleneck(Pass):
                 "of an image in every layer",
                 hint="leave one of the two passes out",
             )
-        if other := [what for what, layers in asdict(a.idle).items() if layers and what not in ("mlp", "window")]:
+        if other := [
+            what for what, layers in asdict(a.idle).items() if layers and what not in ("mlp", "neurons", "window")
+        ]:
             raise PassError(
                 f"{self.name}: visual tokens do less than attend as ever in some layers ({', '.join(other)}), and "
                 "carriers see all of an image in every layer",

@@ -52,6 +52,7 @@ class DropHeads(DropMembers):
     source: ClassVar[str] = "head importance as in arXiv:1905.10650, from activations or by leaving one out"
 
     importances = {"activation": False, "loss": True}  # noqa: RUF012
+    numbered = "heads"
 
     @property
     def _kind(self) -> str:

@@ -78,7 +78,7 @@ class DropLayers(Pass):
         if self.part == "language" and a.idle != Idle():
             raise PassError(
                 f"{self.name}: visual tokens skip work in layers that are named by number",
-                hint="put drop-layers before skip-visual",
+                hint=f"put drop-layers before {a.idle.origin}",
             )
         layers, candidates = self._layers(a), self._candidates(a)
         most = max(min(len(candidates), layers - 1), 0)

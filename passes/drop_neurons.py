@@ -80,6 +80,7 @@ class DropNeurons(DropMembers):
         "activity, CoreMatching, arXiv:2505.19235, or leaving chunks out"
     )
     importances = {"activation": False, "activity": True, "loss": True}  # noqa: RUF012
+    numbered = "neurons"
 
     @property
     def _kind(self) -> str:

@@ -29,12 +29,12 @@ def best_of_each(importance: Sequence[Tensor], counts: Sequence[int]) -> tuple[t
     return tuple(tuple(sorted(order(one)[:n])) for one, n in zip(importance, counts, strict=True))
 
 
-def best_of_all(importance: Sequence[Tensor], count: int) -> tuple[tuple[int, ...], ...]:
+def best_of_all(importance: Sequence[Tensor], count: int, least: int = 1) -> tuple[tuple[int, ...], ...]:
     """The `count` most important members of all layers together, per layer and ascending.
 
-    Each layer keeps at least its best member; a layer without members (a convolution has no heads) keeps none.
+    Each layer keeps at least its `least` best ones; a layer without members (a convolution has no heads) keeps none.
     """
-    keep = [set(order(one)[:1]) for one in importance]
+    keep = [set(order(one)[:least]) for one in importance]
     ranked = sorted((-value, layer, i) for layer, one in enumerate(importance) for i, value in enumerate(one.tolist()))
     rest = [(layer, i) for _, layer, i in ranked if i not in keep[layer]]
     for layer, i in rest[: count - sum(map(len, keep))]:
@@ -47,13 +47,13 @@ def over_mean(importance: Sequence[Tensor]) -> list[Tensor]:
     return [one / one.mean() if len(one) and one.mean() > 0 else one for one in importance]
 
 
-def spread(count: int, most: Sequence[int]) -> tuple[int, ...]:
-    """`count` members over layers of `most`, even in proportion, at least one where there is one."""
-    room = [max(n - 1, 0) for n in most]
-    extra = count - sum(n > 0 for n in most)
+def spread(count: int, most: Sequence[int], least: int = 1) -> tuple[int, ...]:
+    """`count` members over layers of `most`, even in proportion, at least `least` (0 or 1) where there is one."""
+    room = [max(n - least, 0) for n in most]
+    extra = count - least * sum(n > 0 for n in most)
     ends = [sum(room[: i + 1]) * extra // max(sum(room), 1) for i in range(len(room))]
     starts = [0, *ends]
-    return tuple(end - start + (n > 0) for start, end, n in zip(starts, ends, most, strict=False))
+    return tuple(end - start + least * (n > 0) for start, end, n in zip(starts, ends, most, strict=False))
 
 
 def order(importance: Tensor) -> list[int]:

@@ -26,6 +26,7 @@ class DropMembers(Pass):
     """Drop a fraction of the members of one part, or keep exactly the listed ones."""
 
     importances: ClassVar[Mapping[str, bool]]  # how they may be measured, and whether that compares between layers
+    numbered: ClassVar[str]  # the field of `Idle` that names them by number
 
     part: str  # vision or language
     fraction: float  # of the members removed, 0 <= fraction < 1; rounded to whole ones
@@ -70,6 +71,11 @@ class DropMembers(Pass):
             raise PassError(f"{self.name}: {why}")
         if self.part in a.quantized:  # its scales, one per row, would not follow
             raise PassError(f"{self.name}: {self.part} is int8 already", hint="put quantize last")
+        if self.part == "language" and (numbered := getattr(a.idle, self.numbered)):
+            raise PassError(
+                f"{self.name}: visual tokens use {self.numbered} of {len(numbered)} layers that are named by number",
+                hint=f"put {self.name} before slim-visual",
+            )
         if not 0 <= self.fraction < 1:
             raise PassError(
                 f"{self.name}: fraction={self.fraction} of the {self.part} {self._kind}",

@@ -57,7 +57,8 @@ class PruneInside(Pass):
             raise PassError(f"{self.name}: tokens leave already, by `{a.inside}`", hint="put all rungs into one pass")
         if a.idle != Idle():
             raise PassError(
-                f"{self.name}: visual tokens skip work in layers that are named by number", hint="put skip-visual last"
+                f"{self.name}: visual tokens skip work in layers that are named by number",
+                hint=f"put {a.idle.origin} last",
             )
         if a.carriers:
             raise PassError(

@@ -36,6 +36,7 @@ from .prune_inside import from_flags as inside_from_flags
 from .prune_tokens import PruneTokens, kept_tokens, usual_method
 from .quantize import SCHEMES, Quantize
 from .skip_visual import SkipVisual
+from .slim_visual import SlimVisual
 from .tokens.method import parse as parse_method
 from .tokens.methods import METHODS
 from .trim_tower import TrimTower
@@ -52,6 +53,7 @@ PASSES: dict[str, type[Pass]] = {
         PruneInside,
         SkipVisual,
         Bottleneck,
+        SlimVisual,
         Heal,
         TrimVocabulary,
         Quantize,
@@ -221,6 +223,8 @@ def from_flags(
     ladder: Sequence[tuple[int, float]] = (),
     exit_layer: int | None = None,
     skip_visual: Mapping[str, int] | None = None,
+    slim_visual: Mapping[str, float] | None = None,
+    carriers: int | None = None,
     heal: int | None = None,
     vocabulary: int | None = None,
     quantize: str = "none",
@@ -234,6 +238,8 @@ def from_flags(
         inside: how tokens leave inside the language model, at the layers of `ladder` or at the method's own.
         exit_layer: from which no visual token goes on; rungs from there on are left out of a method's own ladder.
         skip_visual: what visual tokens skip, in how many layers.
+        slim_visual: what visual tokens use less of, and the fraction that they leave out.
+        carriers: tokens of an image through which text sees it.
         heal: steps of training of the parts that are cut; the language model is one of them if it sees fewer tokens.
 
     Raises:
@@ -281,6 +287,9 @@ def from_flags(
         kept = a.language.layers - (drop_layers or {}).get("language", 0)
         passes.append(inside_from_flags(inside, ladder, exit_layer, kept, a.language.levels))
     passes += [SkipVisual(what=what, count=count) for what, count in (skip_visual or {}).items()]
+    passes += [SlimVisual(what=what, fraction=share) for what, share in (slim_visual or {}).items()]
+    if carriers is not None:
+        passes.append(Bottleneck(carriers=carriers))
     if heal is not None:
         touched = {getattr(p, "part", "language") for p in passes}  # tokens leave the language model
         passes.append(Heal(steps=heal, parts=tuple(part for part in PARTS if part in touched) or PARTS))

@@ -144,16 +144,10 @@ class SkipVisual(Pass):
         Not those where they do less already, nor those whose queries, keys or neurons choose who goes on; and none
         where neighbours have left.
         """
-        taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart, *a.idle.near}
-        row = None if a.inside is None else parse(a.inside, METHODS, self.name)[0]
-        if row is not None and row.choose is not None and self.what != "mlp":
-            taken |= {layer for rung in a.ladder if rung.share for layer in (rung.layer - 1, rung.layer)}
-        if row is not None and row.neurons:
-            taken |= {rung.layer - 1 for rung in a.ladder if rung.share}
-        last = a.ladder[-1].layer if a.ladder and not a.ladder[-1].share else a.language.layers
-        if self.what == "near" and a.ladder:
-            last = a.ladder[0].layer
-        return tuple(i for i in range(a.language.layers) if i not in taken and i < last)
+        taken = {*a.idle.mlp, *a.idle.layers, *a.idle.apart, *a.idle.near, *a.idle.slim}
+        taken |= chosen_by(a, attention=self.what != "mlp")
+        last = a.ladder[0].layer if self.what == "near" and a.ladder else last_layer(a)
+        return tuple(i for i in range(last) if i not in taken)
 
     def notes(self, a: Anatomy) -> list[str]:
         return [] if self.layers is not None else [f"which layers visual tokens skip ({self.what}) is measured"]
@@ -186,7 +180,7 @@ def visual_change(model: Any, what: str, layers: Sequence[int], calibration: Cal
     """
     blocks: Any = locate(model).language_layers
     looked = [see_all(model, prompt) for prompt in calibration.prompts[:MEASURED]]
-    columns = [_visual(model, shrunk, pictures) for shrunk, pictures in looked]
+    columns = [visual_columns(model, shrunk, pictures)[0] for shrunk, pictures in looked]
     sums, moved, seen = dict.fromkeys(layers, 0.0), dict[int, Tensor](), columns[0]
 
     def leave(index: int, args: Any, out: Any) -> None:
@@ -210,13 +204,31 @@ def visual_change(model: Any, what: str, layers: Sequence[int], calibration: Cal
     return {i: 0.0 if i == last else total / sum(int(one[i].sum()) for one in columns) for i, total in sums.items()}
 
 
-def _visual(model: Any, prompt: Prompt, pictures: Sequence[Seen]) -> list[Tensor]:
-    """Which of the columns that each language layer sees are visual, bool [S]."""
+def chosen_by(a: Anatomy, *, attention: bool) -> set[int]:
+    """Layers by whose neurons, or if asked by whose attention too, it is chosen who goes on inside."""
+    if a.inside is None:
+        return set()
+    row, _ = parse(a.inside, METHODS, "inside")
+    rungs, found = [rung.layer for rung in a.ladder if rung.share], set()
+    if row.choose is not None and attention:
+        found |= {layer for rung in rungs for layer in (rung - 1, rung)}
+    if row.neurons:
+        found |= {rung - 1 for rung in rungs}
+    return found
+
+
+def last_layer(a: Anatomy) -> int:
+    """The layer from which on no visual column is there; the number of layers if some always are."""
+    return a.ladder[-1].layer if a.ladder and not a.ladder[-1].share else a.language.layers
+
+
+def visual_columns(model: Any, prompt: Prompt, pictures: Sequence[Seen]) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the columns that each language layer sees, which are visual, bool [S], and their places in the prompt."""
     visual, inside = torch.from_numpy(prompt.visual_index[0] >= 0), attached(model).inside
     ladder = inside.ladder if inside else ()
     kept = Talk.read(model, [prompt], [pictures]).kept if ladder else ()
-    found = []
+    seen = []
     for layer in range(len(locate(model).language_layers)):
         passed = [places[0] for rung, places in zip(ladder, kept, strict=True) if rung.layer <= layer]
-        found.append(visual[passed[-1]] if passed else visual)
-    return found
+        seen.append(passed[-1] if passed else torch.arange(len(visual)))
+    return [visual[places] for places in seen], seen

@@ -13,6 +13,7 @@ from typing import Any
 from ..manifest import Bucket, Layout, Rung
 
 Pinned = tuple[tuple[int, str], ...]  # layers that cannot be dropped, ascending, and why
+Slim = tuple[tuple[int, int], ...]  # layers, ascending, and how many heads or neurons of each are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,18 @@ class Idle:
     apart: tuple[int, ...] = ()  # they attend to text and themselves, not to each other
     near: tuple[int, ...] = ()  # they attend to text and to those next to them in the raster, on all sides
     window: int = 0  # of `near`: side of the square that they see, in tokens
+    heads: Slim = ()  # they use some heads
+    neurons: Slim = ()  # they use some neurons of the MLP
+
+    @property
+    def origin(self) -> str:
+        """The pass behind it, for a hint: the first of a recipe's."""
+        return "skip-visual" if self.mlp or self.layers or self.apart or self.near else "slim-visual"
+
+    @property
+    def slim(self) -> set[int]:
+        """Layers of which they use some heads or neurons."""
+        return {layer for layer, _ in (*self.heads, *self.neurons)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,10 @@ def predict(
     lm, each = a.language, _bytes(a, "language", element_bytes)
     head = lm.hidden * lm.vocabulary
     taken = 0 if lm.tied else min(head, columns * lm.hidden)  # rows of the input table
+    read = sum(_layer_weights(a)) + (_slim_weights(a) if role == "prefill" else 0)
     return Work(
         _language(a, budget, role == "prefill", causal) + 2 * head,
-        (sum(_layer_weights(a)) + head) * each + taken * element_bytes,
+        (read + head) * each + taken * element_bytes,
         kv_bytes(a, budget, element_bytes),
     )
 
@@ -137,6 +138,13 @@ def _layer_weights(a: Anatomy) -> list[int]:
     return [keys + queries + mlp for keys, queries, mlp in _products(a)]
 
 
+def _slim_weights(a: Anatomy) -> int:
+    """Weights of the heads and neurons that visual columns use where they use some: read beside the whole ones."""
+    lm = a.language
+    heads = sum(2 * lm.hidden * lm.head_dim * kept for _, kept in a.idle.heads)
+    return heads + sum(lm.matrices * lm.hidden * kept for _, kept in a.idle.neurons)
+
+
 def _products(a: Anatomy) -> list[tuple[int, int, int]]:
     """Weights of each language layer: keys and values, queries and output, and the rest."""
     lm = a.language
@@ -154,6 +162,7 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
     columns = rows(a, budget.sequence, counts) if prefill else (1,) * lm.layers
     remembered = columns if prefill else cached(a, budget)
     idle = a.idle if prefill else Idle()
+    asks, works = dict(idle.heads), dict(idle.neurons)
     layers = zip(columns, remembered, _products(a), lm.heads, lm.windows, lm.masked, strict=True)
     for layer, (count, seen, (keys, queries, mlp), heads, window, masked) in enumerate(layers):
         text = budget.text_tokens
@@ -170,5 +179,12 @@ def _language(a: Anatomy, budget: TokenBudget, prefill: bool, causal: bool) -> i
         elif prefill and a.carriers:  # text and carriers ask each other, visual tokens what they asked before
             few = count - visual_hidden(a.carriers, counts)
             multiplied = few * few + sum(counts) * count if every else pairs(few, few) + multiplied
-        flops += 2 * (count * keys + asking * queries + working * mlp) + 4 * multiplied * heads * lm.head_dim
+        met = multiplied * heads  # by the heads together
+        visual, less = count - text, 0  # weights that visual tokens do not use
+        if layer in asks:
+            met = text * seen * heads + visual * seen * asks[layer]
+            less += 2 * lm.hidden * lm.head_dim * (heads - asks[layer])
+        if layer in works:
+            less += lm.matrices * lm.hidden * (lm.intermediate[layer] - works[layer])
+        flops += 2 * (count * keys + asking * queries + working * mlp - visual * less) + 4 * met * lm.head_dim
     return flops

@@ -26,6 +26,7 @@ from .neurons import find_mlp
 from .picking import Picker, topk
 from .rows import AXES, BESIDE, Split, idling, of_columns, of_columns_by_name, take
 from .selection import Tap, attached
+from .slim import slimming
 from .structure import find_attention
 from .taps import Calls, peek, tapping
 
@@ -201,6 +202,7 @@ def passing(model: Any, passage: Passage) -> Iterator[Passage]:
         stack.enter_context(idling(layers, parts.language.config, about.idle, about.buckets[0].panels, passage))
         if passage.neck is not None:
             stack.enter_context(narrowing(parts.language.config, passage.neck, passage))
+        stack.enter_context(slimming(layers, parts.language.config, about.slim, passage))
         taps = stack.enter_context(tapping(attentions))
         for index in range(ladder[0].layer, len(layers)) if ladder else ():
             rung = next((i for i, r in enumerate(ladder) if r.layer == index), None)
@@ -254,6 +256,10 @@ class Passage:
     def seen(self, rows: Tensor) -> Tensor:
         """Which columns these ones see, int64 [B, n] -> bool [B, 1, n, S]."""
         return self.columns.seen(rows)[:, None]
+
+    def real(self, rows: Tensor) -> Tensor:
+        """Which of these columns are no padding, int64 [B, n] -> bool [B, n]."""
+        return rows < self.columns.length
 
     def leave(self, x: Tensor, rung: int, before: Before, own: Own) -> Tensor:
         """What goes on of [B, S, hidden] at a rung."""

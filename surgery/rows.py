@@ -9,7 +9,7 @@ constant index, so that no block of all visual columns by all of them is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,6 +80,10 @@ class Reader(Protocol):
         """Which columns these ones see, int64 [B, n] -> bool [B, 1, n, S]."""
         ...
 
+    def real(self, rows: Tensor) -> Tensor:
+        """Which of these are no padding, int64 [B, n] -> bool [B, n]."""
+        ...
+
 
 @contextmanager
 def idling(layers: Sequence[Any], config: Any, idle: Idle, panels: tuple[Panel, ...], reader: Reader) -> Iterator[None]:
@@ -93,18 +97,18 @@ def idling(layers: Sequence[Any], config: Any, idle: Idle, panels: tuple[Panel, 
         for index in idle.mlp:
             mlp = find_mlp(layers[index])
             assert mlp is not None
-            stack.enter_context(_forward(mlp.module, _text_alone(mlp.module.forward, reader)))
-        halves: dict[int, Half | None] = dict.fromkeys(idle.layers) | dict.fromkeys(idle.apart, _own_column)
+            stack.enter_context(doing(mlp.module, _text_alone(mlp.module.forward, reader)))
+        visuals: dict[int, Half | None] = dict.fromkeys(idle.layers) | dict.fromkeys(idle.apart, _own_column)
         if idle.near:
-            halves |= dict.fromkeys(idle.near, _neighbours(panels, idle.window))
-        for index, visual in halves.items():
+            visuals |= dict.fromkeys(idle.near, _neighbours(panels, idle.window))
+        for index, visual in visuals.items():
             layer = layers[index]
-            stack.enter_context(_forward(layer, _halves(layer.forward, config, reader, visual)))
+            stack.enter_context(doing(layer, halves(layer.forward, config, reader, visual)))
         yield
 
 
 @contextmanager
-def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def doing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """While inside, this is what a module does."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -146,10 +150,16 @@ class _Given:
 Half = Callable[[Tensor, Tensor, Tensor, float, Split, Tensor], Tensor]
 
 
-def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Half | None) -> Callable[..., Any]:
-    """A layer that runs on text columns, and apart from them on visual ones; without `visual` those go by.
+def halves(
+    forward: Callable[..., Any],
+    config: Any,
+    reader: Reader,
+    visual: Half | None,
+    narrowed: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[..., Any]:
+    """A layer, or an attention, that runs on text columns, and apart from them on visual ones, inside `narrowed`.
 
-    All columns give keys and values, which text sees as ever.
+    All columns give keys and values, which text sees as ever. Without `visual` visual columns go by.
     """
 
     def run(x: Tensor, *rest: Any, **given: Any) -> Any:
@@ -172,9 +182,11 @@ def _halves(forward: Callable[..., Any], config: Any, reader: Reader, visual: Ha
         else:
 
             def attention(module: Any, q: Tensor, *_: Any, half: Half = visual, **__: Any) -> tuple[Tensor, None]:
-                return half(q, k, v, calls.scale, parts, reader.seen(parts.visual)), None
+                out = half(q, k, v, calls.scale, parts, reader.seen(parts.visual))
+                # Padding stays zero: an int8 scale must not see it.
+                return torch.where(reader.real(parts.visual)[..., None, None], out, 0), None
 
-            with intercepting([config], lambda inner: attention):
+            with intercepting([config], lambda inner: attention), narrowed():
                 other = half(parts.visual, **alone)
         return parts.join(text, other)
 

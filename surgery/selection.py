@@ -224,6 +224,9 @@ def judge(kept: Tensor, count: int) -> Judge:
     return Judge(torch.zeros(1, count, dtype=torch.bool).scatter(1, kept, True))
 
 
+Members = Mapping[int, tuple[int, ...]]  # language layer -> heads or neurons of it, ascending
+
+
 @dataclass
 class Attached:
     """What vlmcut knows about a model beside its modules; `model.vlmcut`."""
@@ -234,6 +237,7 @@ class Attached:
     inside: Any = None  # surgery.inside.Inside
     idle: Idle = field(default_factory=Idle)
     carriers: int = 0  # see surgery/bottleneck.py
+    slim: Mapping[str, Members] = field(default_factory=dict)  # heads, neurons: those that visual tokens use
     measured: Any = None  # for each bucket; see surgery/measure.py
     vocabulary: Vocabulary | None = None  # of a model whose vocabulary was cut
 

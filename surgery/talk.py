@@ -95,7 +95,7 @@ class Talk:
         positions = torch.from_numpy(np.stack([p.position_ids for p in prompts], axis=1))
         position_ids = positions[0] if len(positions) == 1 else positions
         extra = family.beside(model, ids, place)
-        blocks = _blocks(family.prefix, prompts)
+        blocks = blocks_of(family.prefix, prompts)
         if blocks is not None:
             extra["attention_mask"] = family.masks(
                 config=parts.language.config, inputs_embeds=x, past_key_values=cache, position_ids=positions[0],
@@ -194,7 +194,7 @@ def _cache(config: Any) -> Any:
     return cache
 
 
-def _blocks(prefix: str, prompts: Sequence[Prompt]) -> Tensor | None:
+def blocks_of(prefix: str, prompts: Sequence[Prompt]) -> Tensor | None:
     """For attention that is not causal: which block each column sees whole, int64 [B, L], -1 for none."""
     if prefix == "causal":
         return None

@@ -44,7 +44,7 @@ def test_every_recipe_can_be_planned_and_changes_a_graph(bench: Any, passes: Any
         assert changed, name
         if "vision" in name:
             assert changed == {"vision"}
-        elif name.startswith("skip-visual"):  # visual tokens do less in a prompt alone
+        elif name.startswith(("skip-visual", "slim-visual")):  # visual tokens do less in a prompt alone
             assert changed == {"prefill"}
         elif not name.startswith(("prune-tokens", "the same")):
             assert changed == {"prefill", "decode"}, name

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..passes.prune_tokens import kept_tokens
 from ..passes.recipe import Recipe, from_tables
+from ..passes.slim_visual import FIRST
 from ..surgery.anatomy import Anatomy, Language
 from .sweep_plan import BASELINES, Refused, design, label
 
@@ -89,6 +90,8 @@ def axes(
         *_inside(lm),
         Axis("visual tokens skip MLPs", _skips("mlp", lm.layers), slot="skip"),
         Axis("visual tokens skip layers", _skips("layer", lm.layers), slot="skip"),
+        Axis("visual tokens use fewer heads", _slim("heads", lm.heads[FIRST["heads"] :])),
+        Axis("visual tokens use fewer neurons", _slim("neurons", lm.intermediate)),
         Axis("vision int8", (Level("vision int8", {"name": "quantize", "parts": ["vision"]}),)),
         Axis("language int8", (Level("language int8", {"name": "quantize", "parts": ["language"]}),)),
     ), plan.refused
@@ -128,6 +131,15 @@ def _skips(what: str, layers: int) -> tuple[Level, ...]:
     counts = sorted({max(1, round(layers * share)) for share in LAYERS})
     table = {"name": "skip-visual", "what": what}
     return tuple(Level(f"visual tokens skip {what} x {n}", table | {"count": n}) for n in counts)
+
+
+def _slim(what: str, numbers: Iterable[int]) -> tuple[Level, ...]:
+    most = max(numbers, default=0)
+    counts = sorted({round(most * share) for share in FRACTIONS} - {0, most})
+    table = {"name": "slim-visual", "what": what}
+    return tuple(
+        Level(f"visual tokens, {what} -{100 * n / most:.3g} %", table | {"fraction": n / most}) for n in counts
+    )
 
 
 def _counts(name: str, part: str, kind: str, total: int) -> tuple[Level, ...]:

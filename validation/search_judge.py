@@ -15,6 +15,7 @@ from ..passes.prune_inside import PruneInside
 from ..passes.quantize import Quantize
 from ..passes.recipe import Recipe
 from ..passes.skip_visual import SkipVisual
+from ..passes.slim_visual import SlimVisual
 from ..prompt import Prompt
 from ..surgery.costs import costs
 from ..surgery.load import Loaded, describe, state_dict
@@ -197,7 +198,7 @@ class ModelJudge:
 
 def _of_language(step: Pass) -> bool:
     """Whether a pass leaves what the pictures become as it is."""
-    if isinstance(step, PruneInside | SkipVisual):
+    if isinstance(step, PruneInside | SkipVisual | SlimVisual):
         return True
     return getattr(step, "part", None) == "language" or (isinstance(step, Quantize) and step.parts == ("language",))
 

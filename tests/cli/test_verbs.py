@@ -96,14 +96,15 @@ def test_every_cut_flag_reaches_every_verb_that_cuts(run: Any, monkeypatch: pyte
     given = {
         "prune": 0.5, "method": "divprune", "drop_heads": {"vision": 0.5}, "drop_layers": {"language": 1},
         "drop_neurons": {"vision": 0.25, "language": 0.5}, "importance": "loss", "ranking": "global",
-        "inside": "fastv", "ladder": ((1, 0.5),), "exit_layer": 2, "skip_visual": {"mlp": 1, "layer": 2}, "heal": 7,
+        "inside": "fastv", "ladder": ((1, 0.5),), "exit_layer": 2, "skip_visual": {"mlp": 1, "layer": 2},
+        "slim_visual": {"heads": 0.5, "neurons": 0.25}, "carriers": 3, "heal": 7,
         "vocabulary": 99, "quantize": "int8", "recipe": Path("r.toml"), "frames": 3, "image_size": ((32, 48),),
     }  # fmt: skip
     flags = (
         "--prune 0.5 --method divprune --drop-heads vision:0.5 --drop-layers language:1 --drop-neurons "
         "vision:0.25,language:0.5 --importance loss --ranking global --inside fastv --ladder 1:0.5 --exit 2 "
-        "--skip-visual mlp:1 --skip-visual layer:2 --heal 7 --vocabulary 99 --quantize int8 --recipe r.toml "
-        "--frames 3 --image-size 32x48"
+        "--skip-visual mlp:1 --skip-visual layer:2 --slim-visual heads:0.5,neurons:0.25 --carriers 3 --heal 7 "
+        "--vocabulary 99 --quantize int8 --recipe r.toml --frames 3 --image-size 32x48"
     )
     for verb in (("inspect",), ("convert", "--dry-run"), ("cut", "-o", "out")):
         assert run(verb[0], "tiny:llava", *verb[1:], *flags.split()).code == 1

@@ -30,6 +30,7 @@ from vlmcut.passes.prune_tokens import PruneTokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import make
 from vlmcut.passes.skip_visual import SkipVisual
+from vlmcut.passes.slim_visual import SlimVisual
 from vlmcut.pipeline import Request
 from vlmcut.prompt import Prompt
 from vlmcut.runtime import sessions
@@ -242,6 +243,7 @@ REFUSED: dict[str, tuple[int, list[Any], str, str]] = {
     "a ladder": (2, [PruneInside(layers=(1,), share=(0.5,))], "leave inside the language model, by `fastv`", "out"),
     "layers": (2, [SkipVisual(what="layer", count=1, layers=(1,))], r"in some layers \(layers\)", 'what = "mlp"'),
     "apart": (2, [SkipVisual(what="apart", count=1, layers=(0,))], r"in some layers \(apart\)", 'what = "mlp"'),
+    "heads": (2, [SlimVisual(what="heads", fraction=0.5, first=1)], r"in some layers \(heads\)", 'what = "mlp"'),
     "near": (2, [SkipVisual(what="near", count=1, layers=(0,))], r"in some layers \(near\)", 'what = "mlp"'),
 }
 
@@ -262,11 +264,13 @@ def test_order_rules(tiny) -> None:
         (PruneInside(layers=(1,), share=(0.5,)), "text sees 2 carriers", "leave one of the two"),
         (SkipVisual(what="layer", count=1), "2 carriers of each image", 'use what = "mlp"'),
         (SkipVisual(what="apart", count=1), "2 carriers of each image", 'use what = "mlp"'),
+        (SlimVisual(what="heads", fraction=0.5), "2 carriers of each image", 'use what = "neurons"'),
     ):
         with pytest.raises(PassError, match=cause) as error:
             step.plan(a)
         assert fix in (error.value.hint or "")
-    assert SkipVisual(what="mlp", count=1).plan(a).carriers == 2
+    for step in (SkipVisual(what="mlp", count=1), SlimVisual(what="neurons", fraction=0.5)):
+        assert step.plan(a).carriers == 2
 
 
 def test_windows_and_convolutions_are_refused(tiny) -> None:

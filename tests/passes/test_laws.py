@@ -20,6 +20,7 @@ from vlmcut.passes.importance import RANKINGS
 from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, make
+from vlmcut.passes.slim_visual import WHATS, SlimVisual
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
 from vlmcut.passes.trim_vocabulary import TrimVocabulary
@@ -89,6 +90,7 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
     "bottleneck": {},  # as many carriers as tokens are refused: see tests/passes/test_bottleneck.py
     "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
+    "slim-visual": {w: lambda a, w=w: SlimVisual(what=w, fraction=0.0, first=0) for w in WHATS},
     "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
     "quantize": {"no part": lambda a: Quantize(parts=())},
@@ -106,6 +108,7 @@ REAL: dict[str, dict[str, Maker]] = {
     "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
     "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
     "bottleneck": {},  # nor this: tests/passes/test_bottleneck.py
+    "slim-visual": {},  # nor this: tests/passes/test_slim_visual.py
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "trim-vocabulary": {
         "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),

@@ -26,6 +26,7 @@ from vlmcut.passes.prune_tokens import PruneTokens, kept_tokens
 from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
 from vlmcut.passes.skip_visual import SkipVisual
+from vlmcut.passes.slim_visual import SlimVisual
 from vlmcut.passes.tokens.method import parse as parse_method
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
@@ -195,11 +196,13 @@ def test_how_importance_is_measured_goes_to_every_pass_that_can(tiny) -> None:
 
 def test_what_visual_tokens_skip_comes_behind_the_ladder_and_before_healing(tiny) -> None:
     made = from_flags(
-        describe(tiny("llava").model), exit_layer=2, skip_visual={"mlp": 1, "apart": 2}, heal=3, quantize="int8"
-    )
+        describe(tiny("llava").model), exit_layer=2, skip_visual={"mlp": 1, "apart": 2},
+        slim_visual={"neurons": 0.5}, heal=3, quantize="int8",
+    )  # fmt: skip
     assert made.passes[2:] == (
         SkipVisual(what="mlp", count=1),
         SkipVisual(what="apart", count=2),
+        SlimVisual(what="neurons", fraction=0.5),
         Heal(steps=3, parts=("language",)),
         Quantize(),
     )
