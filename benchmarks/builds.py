@@ -135,9 +135,9 @@ def variant(name: str | None) -> Callable[[Loaded], Loaded] | None:
     return many_groups if name == "drop-heads language" else deep if name in INSIDE else None
 
 
-def original(kind: str, name: str | None = None) -> Loaded:
-    """The tiny model that a setting cuts, for pictures of the family's first size."""
-    loaded = folder.load(f"tiny:{kind}", sizes=families.SIZES[kind][:1])
+def original(kind: str, name: str | None = None, sizes: Sequence[tuple[int, int]] = ()) -> Loaded:
+    """The tiny model that a setting cuts, for pictures of these sizes, or of the family's first one."""
+    loaded = folder.load(f"tiny:{kind}", sizes=tuple(sizes) or families.SIZES[kind][:1])
     change = variant(name)
     return loaded if change is None else change(loaded)
 
@@ -176,6 +176,7 @@ _BUILD = """
 import sys
 from pathlib import Path
 from vlmcut.errors import ExportError
+from vlmcut.exporters.engines import build_engine
 for name in sys.argv[1:]:
     print(Path(name).name, flush=True)
     try:

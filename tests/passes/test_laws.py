@@ -1,6 +1,7 @@
 """Three laws for every pass and every family: `describe` equals `plan`; neutral changes no bit; a real cut does.
 
-A new pass joins by a row in EXAMPLES; without one, the first test fails.
+A new pass joins by a row in both tables; without one, the first test fails. Here every method, ranking and importance
+is cut on two families and seen by transformers' own forward; test_family_laws.py has every pass on every must family.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
-    "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
-    "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
+    "prune-inside": {},  # a ladder that keeps everyone is refused; test_family_laws.py makes one by hand
+    "skip-visual": {},  # a count of 0 is refused; test_family_laws.py asks without a picture
     "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
     "quantize": {"no part": lambda a: Quantize(parts=())},
@@ -102,8 +103,8 @@ REAL: dict[str, dict[str, Maker]] = {
         for i in IMPORTANCES
     },
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
-    "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
-    "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
+    "prune-inside": {},  # not seen by transformers' own forward: test_family_laws.py
+    "skip-visual": {},  # nor this
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "trim-vocabulary": {
         "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),

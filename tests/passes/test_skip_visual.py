@@ -186,17 +186,6 @@ def test_the_last_layer_is_free(tiny, prompt) -> None:
     torch.testing.assert_close(said(cut, prompt(cut), [1]), said(uncut, prompt(uncut), [1]), rtol=0, atol=ATOL)
 
 
-def test_a_prompt_of_text_does_all_work(tiny) -> None:
-    uncut = tiny("llava")
-    made = Prompt(
-        np.arange(5)[None] + 3, np.full((1, 5), -1), np.arange(5)[None], 5, (), (), describe(uncut.model).layout
-    )
-    for what in WHATS:
-        cut = tiny("llava")
-        make([SkipVisual(what=what, count=1, layers=(0,))]).apply(cut.model, None)
-        assert torch.equal(said(cut, made, [1]), said(uncut, made, [1]))
-
-
 REFUSED = {
     "what": ({"what": "mpl", "count": 1}, "is called `mpl`", "did you mean `mlp`"),
     "none": ({"what": "mlp", "count": 0}, "count=0, but visual tokens can skip 3 of 3 layers", "choose 1 to 3"),
