@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vlmcut.errors import ExportError
@@ -48,8 +49,14 @@ def test_a_build_that_fails_is_said(child: str, says: str, monkeypatch: pytest.M
     monkeypatch.setattr(builds, "_BUILD", child)
     with pytest.raises(ExportError, match=says):
         builds.build(builds.original("llava").model, ("decode",))
-    monkeypatch.setattr(builds, "SETTINGS", {"exit": builds.SETTINGS["exit"]})
-    assert re.search(rf"^failed: {says}$", builds.cell("llava", "exit", "float32").strip())
+
+
+def test_a_failure_stands_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> int:
+        raise ExportError("prefill.onnx: a | b\n  c")
+
+    monkeypatch.setattr(builds, "build", fail)
+    assert builds.cell("llava", "exit", "float32") == "failed: prefill.onnx: a / b c"
 
 
 def test_a_refusal_that_is_not_in_the_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
