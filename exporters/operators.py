@@ -162,6 +162,11 @@ def _scatter(past: Tensor, new: Tensor, row: Tensor) -> Tensor:
     )
 
 
+def _filled(past: Tensor, new: Tensor) -> Tensor:
+    """The cache whose first rows are `new`; those behind are copied onto themselves: past and present may be one."""
+    return torch.cat([new, past[:, :, new.shape[2] :]], dim=2)
+
+
 class Contrib:
     """Operators of ONNX Runtime."""
 
@@ -217,11 +222,9 @@ class Contrib:
     def _masked(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int, step: CacheStep, window: int | None
     ) -> Tensor:
-        columns = k.shape[2]
         for name, new in ((f"key_{layer}", k), (f"value_{layer}", v)) if step.past else ():
-            # Rows behind the prompt are copied onto themselves: past and present may be one buffer.
-            step.present[name] = torch.cat([new, step.past[name][:, :, columns:]], dim=2)
-        return _softmax_attention(q, k, v, step.mask(columns, window), scale).transpose(1, 2)
+            step.present[name] = _filled(step.past[name], new)
+        return _softmax_attention(q, k, v, step.mask(k.shape[2], window), scale).transpose(1, 2)
 
 
 class Standard:
@@ -243,7 +246,10 @@ class Standard:
             return self._attention(q, k, v, scale, mask=step.asks, causal=step.asks is None).transpose(1, 2)
         write = torch.zeros(1, dtype=torch.int64) if step.prefill else step.length - 1
         past_key, past_value = step.past[f"key_{layer}"], step.past[f"value_{layer}"]
-        key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)
+        if step.asks is None:
+            key, value = _scatter(past_key, k, write), _scatter(past_value, v, write)
+        else:  # TensorRT-RTX 1.7.1 dies of a scatter here in float16 with one KV head; decode overwrites what is behind
+            key, value = _filled(past_key, k), _filled(past_value, v)
         step.present |= {f"key_{layer}": key, f"value_{layer}": value}
         if step.prefill:  # the cache is empty before: the columns see each other
             mask = step.mask(q.shape[2], window)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import vlmcut
-from transformers import AutoModelForImageTextToText
 from vlmcut.passes import folder
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.recipe import Recipe, make
-from vlmcut.surgery.families import family_of
-from vlmcut.surgery.load import Loaded, attach, describe, locate
-from vlmcut.surgery.selection import attached
+from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.talk import Talk, see_all
-from vlmcut.surgery.tiny import weights
 
 MUST: Sequence[str] = (
     "llava llava-siglip-qwen2 llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm idefics3 "
@@ -50,19 +47,18 @@ def layers_of(model: Any, part: str) -> list[Any]:
     return parts.tower_layers if part == "vision" else parts.language_layers
 
 
+def script(name: str) -> Any:
+    """A module of benchmarks/, which finds its neighbours as scripts do."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 def many_groups(tiny: Callable[[str], Loaded], kind: str) -> Loaded:
     """A tiny model with at least two KV heads in each layer: where it has one, as many as query heads."""
-    loaded = tiny(kind)
-    config = copy.deepcopy(loaded.model.config)
-    text = config.get_text_config()
-    if text.num_key_value_heads > 1:
-        return loaded
-    text.num_key_value_heads = text.num_attention_heads
-    model = weights.draw(lambda: AutoModelForImageTextToText.from_config(config), 0, embeddings=0.05)
-    model.generation_config = loaded.model.generation_config
-    attach(model, attached(loaded.model).buckets)
-    family_of(config).check(config)
-    return Loaded(model, loaded.processor, loaded.source)
+    return script("builds").many_groups(tiny(kind))
 
 
 def saved_and_loaded(loaded: Loaded, source_config: Any, done: Recipe, out: Path) -> Loaded:

@@ -34,7 +34,6 @@ from vlmcut.prompt import Prompt
 from vlmcut.runtime.sessions import Graphs
 from vlmcut.surgery import inside
 from vlmcut.surgery.costs import predict
-from vlmcut.surgery.inside import Inside
 from vlmcut.surgery.load import Loaded, describe, locate
 from vlmcut.surgery.picking import Picker
 from vlmcut.surgery.selection import attached
@@ -177,26 +176,6 @@ def test_leaving_is_being_masked(kind: str, tiny, prompt) -> None:
     for layer, entry in enumerate(talk.cache.layers):
         shrunk, _ = see_all(cutting.model, made)
         assert entry.keys.shape[2] == shrunk.length + STEPS - visual_left(ladder, shrunk.counts, layer)
-
-
-def test_a_ladder_that_keeps_everyone_changes_no_bit(kind: str, tiny, prompt) -> None:
-    loaded = tiny(kind)
-    made = prompt(loaded)
-    before = read(loaded, made)
-    attached(loaded.model).inside = Inside(_First(), (Rung(1, 1.0), Rung(2, 1.0)))
-    after = read(loaded, made)
-    assert torch.equal(before.logits, after.logits)
-    assert all(torch.equal(before.states()[name], value) for name, value in after.states().items())
-
-
-class _First:
-    """Keeps the first visual tokens."""
-
-    method, before, neurons = "first", False, False
-
-    def __call__(self, state: inside.LayerState, keep: int) -> inside.Going:
-        order = -state.columns.place.to(torch.float32)
-        return inside.Going(state.top(torch.where(state.columns.visual, order, -torch.inf), keep))
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"exit"}))

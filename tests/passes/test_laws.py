@@ -1,6 +1,7 @@
 """Three laws for every pass and every family: `describe` equals `plan`; neutral changes no bit; a real cut does.
 
-A new pass joins by a row in EXAMPLES; without one, the first test fails.
+A new pass joins by a row in both tables; without one, the first test fails. Here every method, ranking and importance
+is cut on two families and seen by transformers' own forward; test_family_laws.py has every pass on every must family.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ NEUTRAL: dict[str, dict[str, Maker]] = {
     "drop-neurons": neurons(0.0),
     "drop-layers": {},  # a count of 0 is refused: see test_refusals
     "prune-tokens": {method: all_tokens(method) for method in PLAIN},
-    "prune-inside": {},  # a ladder that keeps everyone is refused; see tests/passes/test_inside.py
-    "bottleneck": {},  # as many carriers as tokens are refused: see tests/passes/test_bottleneck.py
-    "skip-visual": {},  # a count of 0 is refused, and in the last layer it changes rounding alone
+    "prune-inside": {},  # a ladder that keeps everyone is refused; test_family_laws.py makes one by hand
+    "skip-visual": {},  # a count of 0 is refused; test_family_laws.py asks without a picture
+    "bottleneck": {},  # as many carriers as tokens are refused; test_family_laws.py asks without a picture
     "slim-visual": {w: lambda a, w=w: SlimVisual(what=w, fraction=0.0, first=0) for w in WHATS},
     "heal": {},  # 0 steps are refused: see tests/passes/test_heal.py
     "trim-vocabulary": {"all": lambda a: TrimVocabulary(size=a.language.vocabulary)},
@@ -105,10 +106,10 @@ REAL: dict[str, dict[str, Maker]] = {
         for i in IMPORTANCES
     },
     "prune-tokens": {method: some_tokens(method) for method in PLAIN},
-    "prune-inside": {},  # not seen by transformers' own forward: tests/passes/test_inside.py has the law
-    "skip-visual": {},  # nor this: tests/passes/test_skip_visual.py
-    "bottleneck": {},  # nor this: tests/passes/test_bottleneck.py
-    "slim-visual": {},  # nor this: tests/passes/test_slim_visual.py
+    "prune-inside": {},  # not seen by transformers' own forward: test_family_laws.py
+    "skip-visual": {},  # nor this
+    "bottleneck": {},  # nor this
+    "slim-visual": {},  # nor this
     "heal": {},  # learns of the uncut model, so no law of one pass alone: see tests/passes/test_heal.py
     "trim-vocabulary": {
         "half": lambda a: TrimVocabulary(size=a.language.vocabulary // 2, unseen="unknown", unknown=0),

@@ -250,17 +250,6 @@ def test_the_last_layer_is_free(tiny, prompt) -> None:
     torch.testing.assert_close(said(cut, prompt(cut), [1]), said(uncut, prompt(uncut), [1]), rtol=0, atol=ATOL)
 
 
-def test_a_prompt_of_text_does_all_work(tiny) -> None:
-    uncut = tiny("llava")
-    made = Prompt(
-        np.arange(5)[None] + 3, np.full((1, 5), -1), np.arange(5)[None], 5, (), (), describe(uncut.model).layout
-    )
-    for what in WHATS:
-        cut = tiny("llava")
-        make([skip(what, (0,))]).apply(cut.model, None)
-        assert torch.equal(said(cut, made, [1]), said(uncut, made, [1]))
-
-
 def test_neighbours_are_measured_and_written_out(tiny, prompt) -> None:
     """Layers are those that the measure names; the resolved recipe makes the same model without data."""
     loaded, again = tiny("llava"), tiny("llava")
