@@ -66,9 +66,8 @@ def original(kind: str, name: str) -> Loaded:
 
 def refusal(kind: str, name: str) -> str | None:
     """Why a plan refuses; pictures of two sizes have two rasters, whose neighbours one graph cannot have."""
-    return (
-        "have different rasters" if name == "skip-visual near" and len(sizes(kind)) > 1 else builds.refusal(name, kind)
-    )
+    rasters = "have different rasters" if name == "skip-visual near" and len(sizes(kind)) > 1 else None
+    return builds.refusal(name, kind) or rasters
 
 
 def answer(loaded: Loaded, pictures: int = 2) -> Tensor:
