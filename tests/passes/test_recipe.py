@@ -104,7 +104,11 @@ BAD = [
     ("pass = [3]", "pass 1: a pass needs a `name`", "prune-tokens"),
     ('[[pass]]\nname = "prune-token"\nkeep = 3', "pass 1: no pass `prune-token`", "did you mean `prune-tokens`?"),
     ('[[pass]]\nname = "drop-head"', "no pass `drop-head`", "did you mean `drop-heads`?"),
-    ('[[pass]]\nname = "zzz"', "no pass `zzz`", "known: bottleneck, drop-heads, drop-layers, drop-neurons, heal, prune-inside, "),
+    (
+        '[[pass]]\nname = "zzz"',
+        "no pass `zzz`",
+        "known: bottleneck, drop-heads, drop-layers, drop-neurons, heal, prune-inside, ",
+    ),
     ("[[pass]]\nname = 3", "no pass `3`", "known"),
     ('[[pass]]\nname = "trim-tower"\nx = 1', "unknown key `x`", None),
     ('[[pass]]\nname = "prune-tokens"\nkep = 3', "`prune-tokens`: unknown key `kep`", "did you mean `keep`?"),
