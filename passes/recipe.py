@@ -75,7 +75,13 @@ class Recipe:
         return a
 
     def check_order(self) -> None:
-        """Refuse a training that nothing needs, that is made twice, or that a later cut would undo."""
+        """Refuse a vocabulary cut twice, and a training that nothing needs, that is made twice, or undone by a cut."""
+        vocabularies = [step.size for step in self.passes if isinstance(step, TrimVocabulary)]
+        if len(vocabularies) > 1:
+            raise PassError(
+                f"{TrimVocabulary.name}: {len(vocabularies)} of them, to {' and '.join(map(str, vocabularies))} rows",
+                hint="name the pass once, with the smallest size",
+            )
         places = [i for i, step in enumerate(self.passes) if isinstance(step, Heal)]
         if not places:
             return

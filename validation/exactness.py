@@ -31,6 +31,7 @@ from .cases import GREEDY, Case, Distances
 MULTIPLE = 8  # of the noise floor; eager and runtime round in other orders, neither is the better one
 MULTIPLE_INT8 = 4  # here the floor already holds whole quantization steps
 _NUDGE_INT8 = 1e-5  # relative, about a hundred times float32 rounding
+_MORE = 8  # runs with changed inputs beside the first two, where a graph is farther away than those allow
 _LEAST = 1e-7  # a floor is never below the last bit of float32 at 1
 
 
@@ -96,11 +97,15 @@ def measure(
         floors += [_floor(model, case), *(_floor(model, case, nudge, seed + i) for i in (1, 2))]
         flips += _compare_tokens(verdict, model, graphs, case, name)
     far, floor = cases.worst(found), cases.worst(floors)
+    multiple = MULTIPLE_INT8 if a.quantized else MULTIPLE
+    if any(not far[output] <= multiple * max(least, _LEAST) for output, least in floor.items()):
+        # Before that is called a fault: is it a rare step that these runs did not meet?
+        floors += [_floor(model, case, nudge, seed + i) for case in recorded for i in range(3, 3 + _MORE)]
+        floor = cases.worst(floors)
     far["vision", "kept"], floor["vision", "kept"] = kept.regret, kept.noise
     if budget.ladder:
         far["prefill", "kept"], floor["prefill", "kept"] = kept_inside.regret, kept_inside.noise
     notes = {("vision", "kept"): kept.note, ("prefill", "kept"): kept_inside.note}
-    multiple = MULTIPLE_INT8 if a.quantized else MULTIPLE
     for (graph, output), value in far.items():
         tolerance = multiple * max(floor[graph, output], _LEAST)
         verdict.rows.append(

@@ -27,6 +27,7 @@ from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
 from vlmcut.passes.skip_visual import SkipVisual
 from vlmcut.passes.slim_visual import SlimVisual
+from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.passes.tokens.method import parse as parse_method
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
@@ -400,6 +401,7 @@ def test_methods_that_need_attention_are_refused_without(tiny) -> None:
     ("step", "message"),
     [
         (PruneTokens(keep=3), "already keeps 3 of 16 tokens by `fastervlm`"),
+        (TrimVocabulary(size=200), "trim-vocabulary: 2 of them, to 200 and 200 rows"),
         (Quantize(), "vision is int8 already"),
         (Quantize(parts=("language",)), "language is int8 already"),
     ],
