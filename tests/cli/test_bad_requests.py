@@ -31,7 +31,7 @@ FLAGS = {
     "--dtype float61": ("float61", "did you mean `float16`?"),
     "--quantize int9": ("int9", "did you mean `int8`?"),
     "--drop-heads vison:0.5": ("vison", "did you mean `vision`?"),
-    "--drop-heads vision:0.9": ("0.9", "leaves 0 of 2 vision heads", "choose at most 0.50"),
+    "--drop-heads vision:0.9": ("0.9", "leaves 0 of 2 vision heads", "choose at most 0.5"),
     "--drop-heads vision:-0.5": ("-0.5", "0 <= fraction < 1"),
     "--drop-neurons vison:0.5": ("vison", "did you mean `vision`?"),
     "--drop-neurons vision:0.999": ("0.999", "leaves 0 of 96 vision neurons", "choose at most 0.9895"),

@@ -27,10 +27,10 @@ from vlmcut.passes.quantize import Quantize
 from vlmcut.passes.recipe import PASSES, Recipe, from_flags, make, parse
 from vlmcut.passes.skip_visual import SkipVisual
 from vlmcut.passes.slim_visual import SlimVisual
-from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.passes.tokens.method import parse as parse_method
 from vlmcut.passes.tokens.methods import METHODS
 from vlmcut.passes.trim_tower import TrimTower
+from vlmcut.passes.trim_vocabulary import TrimVocabulary
 from vlmcut.surgery.load import describe
 from vlmcut.surgery.selection import LINE_BREAKS
 
