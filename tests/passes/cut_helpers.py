@@ -42,6 +42,17 @@ def read(
     return torch.stack(rows), fed
 
 
+def said(loaded: Loaded, prompt: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits after a prompt and after each token, [1 + T, V]."""
+    shrunk, seen = see_all(loaded.model, prompt)
+    talk = Talk.read(loaded.model, [shrunk], [seen])
+    rows = [talk.logits[0]]
+    for token in tokens:
+        talk = talk.say(torch.tensor([token]))
+        rows.append(talk.logits[0])
+    return torch.stack(rows)
+
+
 def layers_of(model: Any, part: str) -> list[Any]:
     parts = locate(model)
     return parts.tower_layers if part == "vision" else parts.language_layers

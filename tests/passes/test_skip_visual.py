@@ -37,6 +37,8 @@ from vlmcut.surgery.neurons import find_mlp
 from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, see_all
 
+from .cut_helpers import said
+
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
 # float32: products over fewer rows, sums in another order; logits are of size 3. Measured on x86: at most 5.9e-6.
@@ -48,17 +50,6 @@ WINDOW = 3  # of rasters of 2 x 2 tokens and more
 
 def skip(what: str, layers: tuple[int, ...]) -> SkipVisual:
     return SkipVisual(what=what, count=len(layers), layers=layers, window=WINDOW if what == "near" else None)
-
-
-def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
-    """Logits after a prompt and after each token, [1 + T, V]."""
-    shrunk, seen = see_all(loaded.model, prompt)
-    talk = Talk.read(loaded.model, [shrunk], [seen])
-    rows = [talk.logits[0]]
-    for token in tokens:
-        talk = talk.say(torch.tensor([token]))
-        rows.append(talk.logits[0])
-    return torch.stack(rows)
 
 
 def beside(panels: Sequence[Panel], images: int, window: int) -> Tensor:

@@ -43,6 +43,8 @@ from vlmcut.surgery.structure import find_attention, head_dim, output_name
 from vlmcut.surgery.talk import Talk, see_all
 from vlmcut.surgery.taps import Calls
 
+from .cut_helpers import said
+
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
 # float32: products over fewer rows and columns end in another order; logits are of size 3. Measured on x86: 4.9e-6.
@@ -68,17 +70,6 @@ def nothing(a: Anatomy, what: str) -> SlimVisual:
     keep = [tuple(range(n)) for n in numbers]
     keep[0] = ()
     return SlimVisual(what=what, fraction=numbers[0] / sum(numbers), keep=tuple(keep), ranking="global", first=0)
-
-
-def said(loaded: Loaded, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
-    """Logits after a prompt and after each token, [1 + T, V]."""
-    shrunk, seen = see_all(loaded.model, prompt)
-    talk = Talk.read(loaded.model, [shrunk], [seen])
-    rows = [talk.logits[0]]
-    for token in tokens:
-        talk = talk.say(torch.tensor([token]))
-        rows.append(talk.logits[0])
-    return torch.stack(rows)
 
 
 @contextmanager
