@@ -95,7 +95,7 @@ def measure(
         found.append(cases.distances(graphs, case))
         # One run may round luckily. Inputs that differ in the last bit show how far rounding goes in this prompt.
         floors += [_floor(model, case), *(_floor(model, case, nudge, seed + i) for i in (1, 2))]
-        flips += _compare_tokens(verdict, model, graphs, case, name)
+        flips += _compare_tokens(verdict, model, graphs, case, name, steps="vision" in a.quantized)
     far, floor = cases.worst(found), cases.worst(floors)
     multiple = MULTIPLE_INT8 if a.quantized else MULTIPLE
     if any(not far[output] <= multiple * max(least, _LEAST) for output, least in floor.items()):
@@ -232,11 +232,7 @@ def _floor(model: Any, case: Case, nudge: float = 0.0, seed: int = 0) -> Distanc
         for index, (have, level) in enumerate(zip(mine.levels, want.levels, strict=True)):
             one["vision", f"deepstack_{index}"] = far(have, level)
         found = cases.worst([found, one])
-    dtype = model.dtype
-    exact = [
-        Seen(torch.from_numpy(s.features).to(dtype), torch.from_numpy(s.kept), _tensors(s.levels, dtype))
-        for s in case.seen
-    ]
+    exact = _given(case.seen, model.dtype)
     with reference.passing(model, case.prompt, case.kept):
         talk = Talk.read(model, [case.prompt], [exact], nudged)
     found["prefill", "logits"] = far(talk.logits[0], case.prefill_logits)
@@ -307,11 +303,15 @@ class _Inside:
 
 def _read(model: Any, case: Case) -> Talk:
     """The prompt of a case with the reference's features."""
-    features = [
-        Seen(torch.from_numpy(s.features).to(model.dtype), torch.from_numpy(s.kept), _tensors(s.levels, model.dtype))
-        for s in case.seen
+    return Talk.read(model, [case.prompt], [_given(case.seen, model.dtype)])
+
+
+def _given(sights: Sequence[Sight], dtype: torch.dtype) -> list[Seen]:
+    """What a graph or the reference saw, for an eager model."""
+    return [
+        Seen(torch.from_numpy(s.features).to(dtype), torch.from_numpy(s.kept), _tensors(s.levels, dtype))
+        for s in sights
     ]
-    return Talk.read(model, [case.prompt], [features])
 
 
 @dataclass
@@ -373,11 +373,18 @@ class _Kept:
         return f"other tokens on {self.other} of {self.images} images; the distance is what their scores fall short by"
 
 
-def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, name: str) -> list[tuple[float, str]]:
+def _compare_tokens(
+    verdict: Exactness, model: Any, graphs: Graphs, case: Case, name: str, *, steps: bool = False
+) -> list[tuple[float, str]]:
     """Greedy tokens of the graphs, end to end from pixels, against the eager model in the same dtype.
 
+    Args:
+        steps: whether features may differ by whole int8 steps. They are judged themselves; what the eager model makes
+            of the graph's is no fault of the language model's graphs.
+
     Returns:
-        For each token that differs: how far apart the eager logits of the two are, and where it happened.
+        For each token that differs: how far apart the eager logits of the two are, beyond what such steps move them,
+        and where it happened.
     """
     sights = [graphs.vision(picture) for picture in case.prompt.pictures]
     seen = [
@@ -387,6 +394,7 @@ def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, 
     logits = graphs.prefill(case.prompt, sights)
     with reference.passing(model, case.prompt, graphs.kept):
         talk = Talk.read(model, [case.prompt], [seen])
+        theirs = Talk.read(model, [case.prompt], [_given(sights, model.dtype)]) if steps else talk
     flips = []
     for step in range(len(case.tokens)):
         want, have = int(talk.logits[0].argmax()), int(logits.argmax())
@@ -394,8 +402,11 @@ def _compare_tokens(verdict: Exactness, model: Any, graphs: Graphs, case: Case, 
         verdict.equal += want == have
         if want != have:
             gap = float(talk.logits[0, want] - talk.logits[0, have])
-            flips.append((gap, f"{name}token {step}: eager {want}, graph {have}, eager logits {gap:.3g} apart"))
+            moved = 2 * float((talk.logits - theirs.logits).abs().max())
+            text = f"{name}token {step}: eager {want}, graph {have}, eager logits {gap:.3g} apart"
+            flips.append((gap - moved, text + f", {moved:.3g} by int8 features" * steps))
         if step + 1 < len(case.tokens):  # continue on the eager model's token, so that one flip is counted once
-            talk = talk.say(torch.tensor([want]))
+            said = torch.tensor([want])
+            talk, theirs = (one.say(said) for one in (talk, theirs)) if steps else [talk.say(said)] * 2
             logits = graphs.decode(want, case.prompt, step)
     return flips

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import vlmcut
-from hypothesis import HealthCheck, Phase, event, given, reject, settings
+from hypothesis import HealthCheck, Phase, event, example, given, reject, settings
 from hypothesis import strategies as st
 from vlmcut import pipeline
 from vlmcut.errors import PassError
@@ -111,9 +111,11 @@ def answer(loaded: Loaded) -> torch.Tensor:
 
 
 @settings(  # seconds an example: recipes are short, and are not made shorter when one fails
-    max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow]
+    max_examples=12, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.too_slow]
 )
 @given(drawn=valid())
+@example(drawn=("qwen3_vl", make([Quantize(), PruneTokens(keep=1, method="divprune")])))  # a rare step of a few numbers
+@example(drawn=("qwen2_5_vl", make([SkipVisual(what="apart", count=1), Quantize(parts=("vision",))])))  # moves a token
 def test_a_random_recipe_is_exact_and_reloads(drawn: tuple[str, Recipe]) -> None:
     kind, recipe = drawn
     for step in recipe.passes:

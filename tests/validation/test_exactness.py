@@ -143,11 +143,13 @@ class Flipped:
         return self._turn(self.graphs.decode(*args))
 
 
+@pytest.mark.parametrize("steps", [False, True], ids=["", "features may step, and do not"])
 @pytest.mark.parametrize("at", [0, 3])
-def test_one_flip_is_counted_once_with_its_gap(at: int, model: Any, graphs: Graphs) -> None:
+def test_one_flip_is_counted_once_with_its_gap(at: int, steps: bool, model: Any, graphs: Graphs) -> None:
     case = measure(model, graphs)[1][0]
     verdict = Exactness()
-    flips = exactness._compare_tokens(verdict, model, Flipped(graphs, at), case, "")  # type: ignore[arg-type]
+    turned: Any = Flipped(graphs, at)
+    flips = exactness._compare_tokens(verdict, model, turned, case, "", steps=steps)
     assert (verdict.tokens, verdict.equal) == (len(case.tokens), len(case.tokens) - 1)
     ((gap, text),) = flips
     logits = case.prefill_logits if at == 0 else case.decode_logits[at - 1]
@@ -163,10 +165,10 @@ def test_flip_within_noise_is_a_near_tie_and_beyond_is_wrong(
     assert plain.ok and plain.near_ties == plain.wrong == []
     close = 2 * max(row.tolerance for row in plain.rows if row.output == "logits")
     flips = [(0.99 * close, "near"), (1.01 * close, "far"), (math.nan, "nan"), (math.inf, "inf")]
-    monkeypatch.setattr(exactness, "_compare_tokens", lambda *_: flips[:1])
+    monkeypatch.setattr(exactness, "_compare_tokens", lambda *_, **__: flips[:1])
     verdict, _ = measure(model, graphs)
     assert verdict.near_ties == ["near"] * 4 and verdict.wrong == [] and verdict.ok  # of four prompts
-    monkeypatch.setattr(exactness, "_compare_tokens", lambda *_: flips)
+    monkeypatch.setattr(exactness, "_compare_tokens", lambda *_, **__: flips)
     verdict, _ = measure(model, graphs)
     assert verdict.near_ties == ["near"] * 4 and verdict.wrong == ["far", "nan", "inf"] * 4
     assert not verdict.ok
