@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vlmcut.passes.base import Pass
+from vlmcut.passes.bottleneck import Bottleneck
 from vlmcut.passes.drop_heads import DropHeads
 from vlmcut.passes.drop_layers import DropLayers
 from vlmcut.passes.drop_neurons import DropNeurons
@@ -44,6 +45,8 @@ def recipes(a: Anatomy) -> dict[str, tuple[Pass, ...]]:
         f"exit {half}": (leave,),
         f"skip-visual mlp {half}": (SkipVisual(what="mlp", count=half, layers=late),),
         f"skip-visual layer {half}": (SkipVisual(what="layer", count=half, layers=late),),
+        f"skip-visual near {half}": (SkipVisual(what="near", count=half, layers=late),),
+        "bottleneck 16": (Bottleneck(carriers=16),),
         "slim-visual heads 0.5": (SlimVisual(what="heads", fraction=0.5, first=0, keep=first(lm.heads, 0.5)),),
         "slim-visual neurons 0.5": (SlimVisual(what="neurons", fraction=0.5, keep=first(lm.intermediate, 0.5)),),
         f"prune-tokens 0.75, exit {half}": (prune, leave),
