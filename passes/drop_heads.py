@@ -51,7 +51,7 @@ class DropHeads(DropMembers):
     summary: ClassVar[str] = "drop attention heads (vision) or KV groups (language) that add least to the residual"
     source: ClassVar[str] = "head importance as in arXiv:1905.10650, from activations or by leaving one out"
 
-    importances = {"activation": False, "loss": True}  # noqa: RUF012
+    importances: ClassVar = {"activation": False, "loss": True}
     numbered = "heads"
 
     @property

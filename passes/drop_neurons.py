@@ -79,7 +79,7 @@ class DropNeurons(DropMembers):
         "activation magnitude times output weight norm, training-free; by column after Wanda, arXiv:2306.11695; or "
         "activity, CoreMatching, arXiv:2505.19235, or leaving chunks out"
     )
-    importances = {"activation": False, "activity": True, "loss": True}  # noqa: RUF012
+    importances: ClassVar = {"activation": False, "activity": True, "loss": True}
     numbered = "neurons"
 
     @property

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import vlmcut
+from vlmcut.exporters.engines import available
 from vlmcut.passes import folder
 from vlmcut.passes.calibration import read_calibration
 from vlmcut.passes.recipe import Recipe, make
@@ -20,6 +22,9 @@ MUST: Sequence[str] = (
     "llava llava-siglip-qwen2 llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm idefics3 "
     "paligemma gemma3 mistral3 pixtral lfm2_vl"
 ).split()
+
+# tensorrt_rtx is one of the test tools; where it cannot be loaded, the reason is shown.
+needs_rtx = pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
 
 
 def cut(loaded: Loaded, *steps: Any) -> Recipe:

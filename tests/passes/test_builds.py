@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 from vlmcut.errors import ExportError
-from vlmcut.exporters.engines import available
 from vlmcut.surgery.load import describe
 
-from .cut_helpers import script
+from .cut_helpers import needs_rtx, script
 
 builds = script("builds")
-needs_rtx = pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
 
 # A setting -> whose prefill and decode are built. Engines of trim-vocabulary: test_vocabulary_bundle.py.
 DIAGONAL = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
-from vlmcut.exporters.engines import available, build_engine
+from vlmcut.exporters.engines import build_engine
 from vlmcut.exporters.graphs import write_graphs
 from vlmcut.exporters.operators import Contrib, Operators, Standard
 from vlmcut.manifest import Panel, TokenBudget
@@ -37,7 +37,7 @@ from vlmcut.surgery.neurons import find_mlp
 from vlmcut.surgery.selection import attached
 from vlmcut.surgery.talk import Talk, see_all
 
-from .cut_helpers import said
+from .cut_helpers import needs_rtx, said
 
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
@@ -182,7 +182,7 @@ def test_the_graph_says_the_same_with_less_work(what: str, form: str, tiny, prom
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
+@needs_rtx
 def test_neighbours_are_built_by_tensorrt(dtype: torch.dtype, tiny, tmp_path) -> None:
     loaded = tiny("llava")
     make([skip("near", (0, 2))]).apply(loaded.model, None)

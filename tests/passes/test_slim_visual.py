@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from vlmcut.errors import PassError
 from vlmcut.exporters import onnx
 from vlmcut.exporters.components import components
-from vlmcut.exporters.engines import available, build_engine
+from vlmcut.exporters.engines import build_engine
 from vlmcut.exporters.flops import count
 from vlmcut.exporters.operators import Contrib, Operators, Standard
 from vlmcut.manifest import TokenBudget
@@ -43,7 +43,7 @@ from vlmcut.surgery.structure import find_attention, head_dim, output_name
 from vlmcut.surgery.talk import Talk, see_all
 from vlmcut.surgery.taps import Calls
 
-from .cut_helpers import said
+from .cut_helpers import needs_rtx, said
 
 KINDS = "llava llava-siglip-qwen2 llava_next qwen2_vl qwen2_5_vl qwen3_vl internvl smolvlm paligemma mistral3".split()
 STEPS = 16
@@ -311,7 +311,8 @@ def test_the_head_that_sees_the_picture_stays(tiny) -> None:
     found = head_ratios(loaded.model, (0, 1, 2), calibration)
     assert [len(one) for one in found.values()] == [6, 6, 6]
     planted = int(found[1].argmin())
-    q: Any = find_attention(locate(loaded.model).language_layers[1]).q_proj  # type: ignore[union-attr]
+    attention: Any = find_attention(locate(loaded.model).language_layers[1])
+    q = attention.q_proj
     with torch.no_grad():  # scores of the others are all alike: as much for a visual column as for one of text
         weight = q.weight.unflatten(0, (6, 32))
         weight[[h for h in range(6) if h != planted]] = 0
@@ -492,7 +493,7 @@ def test_a_cut_folder_reloads(what: str, tiny, prompt, tmp_path) -> None:
     assert torch.equal(said(again, made, [1]), said(loaded, made, [1]))
 
 
-@pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
+@needs_rtx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("what", WHATS)
 def test_tensorrt_builds_it(what: str, dtype: torch.dtype, tmp_path) -> None:

@@ -15,7 +15,6 @@ import vlmcut
 from onnx import numpy_helper
 from vlmcut import pipeline
 from vlmcut.errors import BundleError, ParityError
-from vlmcut.exporters.engines import available
 from vlmcut.manifest import Manifest
 from vlmcut.manifest import read as read_manifest
 from vlmcut.passes import recipe
@@ -27,6 +26,8 @@ from vlmcut.prompt import Prompter
 from vlmcut.surgery.load import describe
 from vlmcut.surgery.talk import Talk, greedy, see_all
 from vlmcut.validation.fresh import verify_fresh
+
+from .cut_helpers import needs_rtx
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = 200
@@ -96,7 +97,7 @@ def test_a_prompt_that_amplifies_rounding_is_no_alarm(tmp_path: Path) -> None:
     assert manifest.exactness["equal"] == manifest.exactness["tokens"] > 0
 
 
-@pytest.mark.skipif(available("rtx") is not None, reason=f"needs TensorRT for RTX: {available('rtx')}")
+@needs_rtx
 def test_an_engine_is_built_in_float16(tmp_path: Path) -> None:
     vlmcut.convert("tiny:llava-siglip-qwen2", tmp_path / "out", target="rtx", dtype="float16", **SMALL)
     engines = {g.role: g.engine for g in check(tmp_path / "out").graphs.values()}
